@@ -144,7 +144,8 @@ def _parse(name: str, text: str, spec: Any) -> Any:
     expected += f" of at least {least:g}" if least is not None else ""
     try:
         value = {"0": False, "1": True}[text] if kind is bool else kind(text)
-        fits = value in choices if choices else kind is str or max(-(2**62), least or -(2**62)) <= value < 2**62
+        lowest = -(2**62) if least is None else least
+        fits = value in choices if choices else kind is str or lowest <= value < 2**62
     except (ValueError, KeyError):
         fits = False
     if not fits:
@@ -843,8 +844,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
         if packed and content["__quant_format__"] != QUANT_FORMAT:
             raise ValueError(f"its format is {content['__quant_format__']!r:.40}, not {QUANT_FORMAT}")
-        state = dequantize_state(content) if packed else dict(content)
-        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        state = dequantize_state(content) if packed else content
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise ValueError("an entry is not a tensor")
     except Exception as error:  # whatever the file system, zlib and torch.load find wrong with a stranger's file
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
@@ -1073,7 +1074,8 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Forward:
 
 def average_gradients(model: GPT, rt: Runtime) -> None:
     """Replace every gradient by its mean over the ranks: one all-reduce per dtype."""
-    for dtype in {p.dtype for p in model.parameters()} if rt.world > 1 else ():
+    dtypes = dict.fromkeys(p.dtype for p in model.parameters())  # in the same order on every rank, unlike a set
+    for dtype in dtypes if rt.world > 1 else ():
         grads = [p.grad for p in model.parameters() if p.dtype == dtype]
         joined = rt.sum(torch.cat([grad.flatten() for grad in grads])).div_(rt.world)
         for grad, mean in zip(grads, joined.split([grad.numel() for grad in grads]), strict=True):

@@ -1,0 +1,51 @@
+# The commands of this project. Everything runs inside .venv, which the first command makes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := data/demo
+GPUS ?= 8
+TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone
+
+.PHONY: demo test lint fineweb train clean
+.DELETE_ON_ERROR:
+
+# Train a small GPT on text that is already on this machine, make the artifact, score it. About 6 minutes on 2 cores.
+demo: $(DEMO)/manifest.json
+	PRESET=cpu OUT_DIR=out/demo RUN_ID=demo-$$(date +%Y%m%d-%H%M%S) sh -c ' \
+	  $(TORCHRUN) --nproc_per_node=1 train_gpt.py && \
+	  echo && grep "^final_" "out/demo/logs/$$RUN_ID.txt" && \
+	  echo && ls -l out/demo/final_model.int8.ptz out/demo/final_model.pt "out/demo/logs/$$RUN_ID.txt"'
+
+# Lint, then every test. .ci/run does the same.
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+
+# The published data, and the full run on GPUS graphics cards.
+fineweb: $(VENV)/runtime
+	$(BIN)/python data/download_fineweb.py --variant sp1024 --train-shards 80
+
+train: $(VENV)/runtime
+	PRESET=baseline $(TORCHRUN) --nproc_per_node=$(GPUS) train_gpt.py
+
+$(DEMO)/docs.jsonl: data/demo_corpus.py | $(VENV)/runtime
+	mkdir -p $(DEMO)
+	$(BIN)/python data/demo_corpus.py --out $@
+
+$(DEMO)/manifest.json: $(DEMO)/docs.jsonl data/make_shards.py | $(VENV)/runtime
+	$(BIN)/python data/make_shards.py --jsonl $< --out $(DEMO) --val-docs 64
+
+$(VENV)/runtime: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/runtime
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) out logs final_model.pt final_model.int8.ptz

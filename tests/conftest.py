@@ -1,0 +1,98 @@
+"""What the tests share: a small model with every weight alive, real text, and a way to run the script as a user does."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFORMANCE = Path(__file__).resolve().parent / "conformance"  # copies of the project's conformance set
+CPU = torch.device("cpu")
+
+# A model of 0.5 M parameters on the conformance shards: small enough to start, train and score in seconds.
+TINY_RUN = {
+    "DEVICE": "cpu",
+    "PRESET": "baseline",
+    "DATA_PATH": str(CONFORMANCE),
+    "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"),
+    "NUM_LAYERS": "3",
+    "MODEL_DIM": "64",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "TRAIN_BATCH_TOKENS": "4096",
+    "TRAIN_SEQ_LEN": "128",
+    "ITERATIONS": "4",
+    "WARMUP_STEPS": "1",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "VAL_LOSS_EVERY": "0",
+    "VAL_BATCH_SIZE": "16384",
+    "TTT_CHUNK_SIZE": "64",
+    "TTT_EVAL_SEQ_LEN": "128",
+    "MAX_VAL_DOCS": "6",
+}
+EVAL_ARTIFACT = {"EVAL_ONLY": "1", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"), "TRAIN_SEQ_LEN": "512"}
+
+
+def run_script(out_dir, ranks=0, **settings):
+    """Run train_gpt.py as a user does; ranks=0 without torchrun. Returns the finished process."""
+    ours = {f.upper() for f in tg.Config.__dataclass_fields__} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    env = {key: value for key, value in os.environ.items() if key not in ours}
+    env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out_dir), "RUN_ID": "test"} | TINY_RUN | settings
+    env = {key: value for key, value in env.items() if value is not None}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [sys.executable, *torchrun, str(ROOT / "train_gpt.py")]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=out_dir)
+
+
+def write_shard(path, tokens):
+    """A shard as the format describes it, written here independently of data/make_shards.py."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path
+
+
+def tiny_config(**settings):
+    """A three-layer model of width 32 with chunks of 8 in windows of 24."""
+    base = tg.Config(
+        device="cpu", num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, vocab_size=96, train_seq_len=32,
+        train_batch_tokens=256, grad_accum_steps=2, val_batch_size=256, ttt_chunk_size=8, ttt_eval_seq_len=24,
+        ttt_lora_rank=2, ttt_batch_size=4, warmup_steps=0, max_wallclock_seconds=0.0, iterations=3,
+    )  # fmt: skip
+    return replace(base, **settings)
+
+
+def tiny_model(cfg, rt, seed=0):
+    """A GPT in which no weight is zero, so that every path through it matters."""
+    torch.manual_seed(seed)
+    model = tg.GPT(cfg, rt.dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p + 0.3 * torch.randn(p.shape) / p.shape[-1] ** 0.5)
+    return model
+
+
+def tiny_table(vocab_size):
+    """A byte table in which every token stands for a different, recognisable number of bytes."""
+    base = torch.arange(vocab_size, dtype=torch.int64)
+    return tg.ByteTable(base, base % 3 == 0, base > 3)
+
+
+def tiny_documents(lengths, vocab_size=96, seed=0):
+    """Documents of the given numbers of tokens (BOS = 1 included), random text, closed by the stream's end."""
+    rng = np.random.default_rng(seed)
+    stream = np.concatenate([np.append(1, rng.integers(4, vocab_size, n - 1)) for n in lengths])
+    return tg.split_documents(stream.astype(np.uint16), 1, 0, CPU)
+
+
+@pytest.fixture
+def rt():
+    """One rank, CPU, fp32: exact enough to compare two ways of computing the same thing."""
+    return tg.Runtime(CPU, torch.float32)

@@ -1,0 +1,89 @@
+"""Bits per byte: the table counts exactly the bytes of the decoded text, and sums divide what they say."""
+
+import math
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from conftest import CONFORMANCE, CPU
+
+import train_gpt as tg
+
+TOKENIZER = str(CONFORMANCE / "tokenizer.model")
+TEXTS = [
+    "plain words, punctuation; and (brackets)!",
+    "Crème brûlée für Ålesund, naïve façade — “quoted” … ½ ﬁne",
+    "emoji 🙂🚀 and 👩‍👩‍👧 families",
+    "digits 1234567890 and 3.14159, 2026-11-22",
+    "tabs\tbetween\twords\nand lines\n\n  indented",
+    "漢字 кириллица ελληνικά עברית 🂡 byte fallback \U0001f9ff",
+    "a", "▁ a real low line ▁▁", "trailing space ", "x\u00a0y\u3000z\u200b",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tg.load_tokenizer(TOKENIZER, 1024)
+
+
+def table_bytes(tokenizer, ids):
+    table = tg.ByteTable.build(tokenizer, CPU)
+    ids = torch.tensor([tokenizer.bos_id(), *ids], dtype=torch.int64)
+    return table.count(ids[:-1], ids[1:])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_table_counts_the_utf8_bytes_of_the_decoded_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert int(table_bytes(tokenizer, ids).sum()) == len(tokenizer.decode(ids).encode())
+
+
+def test_table_agrees_on_every_validation_document(tokenizer):
+    stream = tg.open_shard(CONFORMANCE / "fineweb_val_000000.bin").astype(np.int64)
+    docs = tg.split_documents(stream, tokenizer.bos_id(), 0, CPU)
+    for start, n in zip(docs.starts, docs.predictions, strict=True):
+        ids = [int(i) for i in stream[start + 1 : start + 1 + n] if i != tokenizer.bos_id()]
+        assert int(table_bytes(tokenizer, ids).sum()) == len(tokenizer.decode(ids).encode())
+
+
+def test_pieces_by_kind(tokenizer):
+    """The rules one by one, against the piece list itself."""
+    space, letter = tokenizer.piece_to_id("▁"), tokenizer.piece_to_id("a")
+    word, byte = tokenizer.piece_to_id("▁the"), tokenizer.piece_to_id("<0xE2>")
+    assert tokenizer.is_byte(byte) and not tokenizer.is_unknown(word)
+    assert table_bytes(tokenizer, [letter, word, byte, space]).tolist() == [1, 4, 1, 1]
+    bos, eos, pad, unk = tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id(), tokenizer.unk_id()
+    # A leading space counts only after text: the decoder drops it at the start of a document.
+    assert table_bytes(tokenizer, [word, bos, word, eos, word, pad, unk, word]).tolist() == [3, 0, 3, 0, 3, 0, 0, 3]
+
+
+def test_bits_per_byte_divides_bits_by_bytes(rt):
+    score = tg.Score.from_sums(torch.tensor([math.log(2) * 12, 5, 8], dtype=torch.float64), rt)
+    assert (score.loss, score.bpb) == (pytest.approx(math.log(2) * 12 / 5), pytest.approx(1.5))
+    assert str(score) == "val_loss:1.6636 val_bpb:1.5000"
+
+
+def test_a_score_over_no_bytes_is_refused(rt):
+    with pytest.raises(tg.UserError, match="0 bytes"):
+        tg.Score.from_sums(torch.tensor([1.0, 5, 0], dtype=torch.float64), rt)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model"])
+def test_unusable_tokenizers_are_refused(tmp_path, content):
+    path = tmp_path / "tokenizer.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(tg.UserError, match="TOKENIZER_PATH=.*expected the SentencePiece"):
+        tg.load_tokenizer(str(path), 1024)
+
+
+def test_tokenizer_of_another_vocabulary_is_refused():
+    with pytest.raises(tg.UserError, match="found 1024 pieces.*the model's 512 pieces"):
+        tg.load_tokenizer(TOKENIZER, 512)
+
+
+def test_decoder_is_the_reference():
+    """The tests above lean on SentencePiece's own decoder; it must give the text back where nothing is normalised."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=TOKENIZER)
+    assert tokenizer.decode(tokenizer.encode("Hello, world: 42 🙂")) == "Hello, world: 42 🙂"

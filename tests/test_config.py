@@ -1,0 +1,90 @@
+"""The settings: defaults of the record, presets, and a reader that refuses in one line."""
+
+import dataclasses
+
+import pytest
+
+import train_gpt as tg
+
+# The table of spec.md section 4, written down here once more and independently.
+PUBLISHED = {
+    "DATA_PATH": "./data/datasets/fineweb10B_sp1024", "TOKENIZER_PATH": "./data/tokenizers/fineweb_1024_bpe.model",
+    "SEED": 1337, "VAL_BATCH_SIZE": 524288, "VAL_LOSS_EVERY": 1000, "TRAIN_LOG_EVERY": 200, "ITERATIONS": 20000,
+    "WARMDOWN_ITERS": 1200, "WARMUP_STEPS": 20, "TRAIN_BATCH_TOKENS": 524288, "TRAIN_SEQ_LEN": 1024,
+    "MAX_WALLCLOCK_SECONDS": 600, "QK_GAIN_INIT": 1.5, "VOCAB_SIZE": 1024, "NUM_LAYERS": 9, "MODEL_DIM": 512,
+    "NUM_HEADS": 8, "NUM_KV_HEADS": 4, "MLP_MULT": 2, "TIE_EMBEDDINGS": True, "ROPE_BASE": 10000, "LOGIT_SOFTCAP": 30,
+    "EMBED_LR": 0.6, "HEAD_LR": 0.008, "TIED_EMBED_LR": 0.05, "TIED_EMBED_INIT_STD": 0.005, "MATRIX_LR": 0.04,
+    "SCALAR_LR": 0.04, "MUON_MOMENTUM": 0.95, "MUON_BACKEND_STEPS": 5, "MUON_MOMENTUM_WARMUP_START": 0.85,
+    "MUON_MOMENTUM_WARMUP_STEPS": 500, "BETA1": 0.9, "BETA2": 0.95, "ADAM_EPS": 1e-8, "GRAD_CLIP_NORM": 0,
+    "TTT_LORA_RANK": 8, "TTT_LORA_LR": 0.01, "TTT_CHUNK_SIZE": 256, "TTT_EVAL_SEQ_LEN": 1024, "TTT_BATCH_SIZE": 64,
+}  # fmt: skip
+
+
+def test_baseline_is_the_published_recipe():
+    cfg = tg.read_config({"PRESET": "baseline", "DEVICE": "cpu"})
+    assert {name: getattr(cfg, name.lower()) for name in PUBLISHED} == PUBLISHED
+    assert cfg.grad_accum_steps == 8
+
+
+def test_auto_preset_follows_the_device():
+    assert tg.read_config({"DEVICE": "cpu"}).preset == "cpu"
+    assert tg.read_config({"DEVICE": "cuda", "WORLD_SIZE": "8"}).preset == "baseline"
+
+
+def test_explicit_variables_win_over_the_preset():
+    preset = tg.PRESETS["cpu"]["num_layers"]
+    assert tg.read_config({"PRESET": "cpu", "DEVICE": "cpu"}).num_layers == preset
+    assert tg.read_config({"PRESET": "cpu", "DEVICE": "cpu", "NUM_LAYERS": str(preset + 1)}).num_layers == preset + 1
+
+
+def test_presets_only_name_settings_that_exist():
+    names = {f.name for f in dataclasses.fields(tg.Config)}
+    assert all(set(preset) <= names for preset in tg.PRESETS.values())
+
+
+@pytest.mark.parametrize(("world", "accum"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 1), (16, 1)])
+def test_micro_steps_keep_the_batch_whole(world, accum):
+    cfg = tg.read_config({"DEVICE": "cpu", "WORLD_SIZE": str(world), "TRAIN_BATCH_TOKENS": str(48 * 1024),
+                          "TRAIN_SEQ_LEN": "1024"})  # fmt: skip
+    assert cfg.grad_accum_steps == accum
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("ITERATIONS", "many", "a whole number of at least 0"),
+        ("ITERATIONS", "1.5", "a whole number"),
+        ("ITERATIONS", "-1", "at least 0"),
+        ("ITERATIONS", "", "a whole number"),
+        ("ITERATIONS", "9" * 40, "a whole number"),
+        ("NUM_LAYERS", "0", "at least 1"),
+        ("MATRIX_LR", "fast", "a finite number of at least 0"),
+        ("MATRIX_LR", "nan", "a finite number"),
+        ("MATRIX_LR", "inf", "a finite number"),
+        ("QK_GAIN_INIT", "-inf", "a finite number"),
+        ("TIE_EMBEDDINGS", "yes", "0 or 1"),
+        ("DEVICE", "tpu", "one of auto, cpu, cuda"),
+        ("PRESET", "gpu", "one of auto, baseline, cpu"),
+        ("RUN_ID", "../escape", "it names the log file"),
+        ("RUN_ID", ".hidden", "it names the log file"),
+        ("EVAL_ONLY", "1", "MODEL_PATH"),
+        ("TTT_CHUNK_SIZE", "4096", "TTT_EVAL_SEQ_LEN="),
+        ("MODEL_DIM", "100", "a multiple of 16"),
+        ("NUM_KV_HEADS", "3", "a multiple of NUM_KV_HEADS=3"),
+        ("TRAIN_BATCH_TOKENS", "500000", "the nearest is 499712"),
+    ],
+)
+def test_bad_values_are_named_and_explained(variable, value, expected):
+    with pytest.raises(tg.UserError) as refused:
+        tg.read_config({"PRESET": "baseline", "DEVICE": "cpu", variable: value})
+    line = str(refused.value)
+    assert variable in line and expected in line and "\n" not in line
+    assert value in line or variable == "NUM_KV_HEADS"
+
+
+def test_nearest_batch_works():
+    env = {"PRESET": "baseline", "DEVICE": "cpu", "WORLD_SIZE": "3"}
+    with pytest.raises(tg.UserError, match=r"world size 3 .* the nearest is (\d+)") as refused:
+        tg.read_config(env)
+    nearest = str(refused.value).split()[-1]
+    assert tg.read_config(env | {"TRAIN_BATCH_TOKENS": nearest}).train_batch_tokens == int(nearest)

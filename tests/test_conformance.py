@@ -1,0 +1,66 @@
+"""Agreement with what the published code printed for the conformance set (tests/conformance/expected.json)."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import CONFORMANCE, CPU, run_script
+
+import train_gpt as tg
+
+EXPECTED = json.loads((CONFORMANCE / "expected.json").read_text())
+SCORES = EXPECTED["evaluation"]["scores"]
+
+
+@pytest.fixture(scope="module")
+def artifact():
+    """(model, documents, byte table, config, runtime): the published artifact as the script loads it, in bf16."""
+    env = {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE), "TRAIN_SEQ_LEN": "512",
+           "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"), "EVAL_ONLY": "1",
+           "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}  # fmt: skip
+    rt = tg.Runtime(CPU, torch.bfloat16)
+    inputs = tg.load_inputs(tg.read_config(env), rt)
+    model = tg.GPT(inputs.cfg, rt.dtype)
+    tg.load_weights(model, inputs.weights, "artifact")
+    return model, inputs.docs, inputs.table, inputs.cfg, rt
+
+
+def test_counts(artifact):
+    _, docs, table, _, _ = artifact
+    assert len(docs.starts) == EXPECTED["evaluation"]["documents"]
+    assert docs.predictions.sum() == EXPECTED["evaluation"]["predictions"]
+    assert int(table.count(docs.tokens[:-1].long(), docs.tokens[1:].long()).sum()) == 33165
+
+
+def test_flat(artifact):
+    model, docs, table, cfg, rt = artifact
+    score = tg.evaluate_flat(model, docs.tokens, table, cfg, rt)
+    assert score.bpb == pytest.approx(SCORES["flat_seq_len_512"][0][1], abs=0.0015)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "learn", "tolerance"),
+    [("doc", 1024, False, 0.0005), ("stride", 256, False, 0.0005), ("ttt", 256, True, 0.003)],
+)
+def test_documents(artifact, name, chunk, learn, tolerance):
+    model, docs, table, cfg, rt = artifact
+    score = tg.evaluate_documents(model, docs, table, cfg, rt, chunk, 1024, learn)
+    draws = SCORES[name]
+    assert score.bpb == pytest.approx(sum(bpb for _, bpb in draws) / len(draws), abs=tolerance)
+    assert score.loss == pytest.approx(sum(loss for loss, _ in draws) / len(draws), abs=2 * tolerance)
+
+
+def test_training(tmp_path):
+    """120 steps from the given weights, run as a user runs them."""
+    training = EXPECTED["training"]
+    env = {name: str(value) for name, value in training["env"].items()}
+    env |= {"MODEL_PATH": str(CONFORMANCE / "init.pt"), "TRAIN_LOG_EVERY": "1", "MAX_VAL_DOCS": None, "COMPILE": "0"}
+    env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"]), "OMP_NUM_THREADS": "2"}
+    done = run_script(tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    losses = [float(value) for value in re.findall(r"train_loss:([\d.]+)", done.stdout)]
+    assert losses[:10] == pytest.approx(training["train_loss"][:10], abs=0.005)
+    assert losses == pytest.approx(training["train_loss"], abs=0.04)
+    final = float(re.search(r"step:120/120 val_loss:[\d.]+ val_bpb:([\d.]+)", done.stdout)[1])
+    assert final == pytest.approx(training["final_val"]["val_bpb"], abs=0.01)

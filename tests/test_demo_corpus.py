@@ -1,0 +1,191 @@
+"""demo_corpus.py: which files it reads, what it takes from them, and one run for real."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import demo_corpus
+import pytest
+
+SCRIPT = Path(demo_corpus.__file__)
+PROSE = "A sentence long enough to be worth keeping, said again in other words so that it counts. " * 3
+TOPIC = "Help is a function of the language that its users call. " * 5
+
+
+def module(text: str) -> str:
+    return f'"""{text}"""\n'
+
+
+def corpus(out: Path, sources: dict[str, str | bytes]) -> tuple[dict, dict[str, str]]:
+    """Facts and documents, by name, of a corpus from these modules and one topic."""
+    files = []
+    for name, source in sources.items():
+        files.append((name, out.parent / f"{name}.py"))
+        files[-1][1].write_bytes(source if isinstance(source, bytes) else source.encode())
+    facts = demo_corpus.build_corpus(out, [("help me", TOPIC)], files)
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    return facts, {record["source"]: record["text"] for record in records}
+
+
+# --- What a module says ----------------------------------------------------------------------------------------------
+
+
+def test_docstrings_come_in_source_order_under_their_names():
+    source = '''
+"""About the module.
+
+Like this:
+
+    an indented example
+"""
+class Outer(dict):
+    """A class."""
+    async def method(self):
+        """
+        First line.
+
+            deeper
+        """
+    class Inner:
+        def silent(self): return lambda: "no docstring"
+        def told(self): r"""Of \\d digits."""
+if True:
+    try:
+        def hidden():
+            def nested(): "Single quotes."
+    finally:
+        pass
+value = "a string"
+"""A string that documents a value, for other tools."""
+'''
+    assert demo_corpus.module_document(source.encode()) == (
+        "About the module.\n\nLike this:\n\n    an indented example\n\nOuter\nA class.\n\n"
+        "Outer.method\nFirst line.\n\n    deeper\n\nOuter.Inner.told\nOf \\d digits.\n\n"
+        "hidden.nested\nSingle quotes."
+    )
+
+
+def test_sources_are_never_run(tmp_path):
+    _, documents = corpus(tmp_path / "docs.jsonl", {"bomb": module(PROSE) + "raise SystemExit('imported')\n"})
+    assert documents == {"help me": TOPIC, "bomb": PROSE.strip()}
+
+
+# --- What is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_dropped_documents_are_counted_by_reason(tmp_path):
+    limit = demo_corpus.MIN_CHARS
+    facts, documents = corpus(
+        tmp_path / "docs.jsonl",
+        {
+            "a_good": module(PROSE),
+            "b_copy": module(PROSE) + "x = 1\n",
+            "c_just_enough": module("y" * limit),
+            "d_short": module("z" * (limit - 1)),
+            "e_silent": "x = 1\n",
+            "f_template": "def {{ name }}(:\n",
+            "g_latin1": module(PROSE + "é").encode("latin-1"),
+            "h_surrogate": module(PROSE + "\\ud800"),
+            "i_nul": module(PROSE + "\0"),
+        },
+    )
+    assert documents == {"help me": TOPIC, "a_good": PROSE.strip(), "c_just_enough": "y" * limit}
+    assert facts["dropped"] == {"duplicate": 1, "short": 1, "unreadable": 4, "without_docstrings": 1}
+
+
+def test_facts_describe_the_file(tmp_path):
+    out = tmp_path / "docs.jsonl"
+    facts, _ = corpus(out, {"a": module(PROSE + "naïve"), "b": module(PROSE * 2000)})
+    naive, long = len((PROSE + "naïve").encode()), len((PROSE * 2000).strip())
+    assert (facts["documents"], facts["text_bytes"]) == (3, len(TOPIC) + naive + long)
+    assert (facts["median_bytes"], facts["longest_bytes"]) == (max(naive, len(TOPIC)), long)
+    assert facts["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+
+
+def test_equal_runs_give_equal_bytes(tmp_path):
+    sources = {f"m{i:03}": module(f"{PROSE} {i}") for i in range(100)}  # several chunks for several processes
+    _, documents = corpus(tmp_path / "one.jsonl", sources)
+    corpus(tmp_path / "two.jsonl", sources)
+    assert list(documents) == ["help me", *sources]
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+
+def test_help_topics_are_documents():
+    topics = dict(demo_corpus.help_topics())
+    assert len(topics) > 50 and '"with" statement' in topics["help with"]
+
+
+# --- Which files -----------------------------------------------------------------------------------------------------
+
+
+def test_closure_holds_requirements_and_nothing_else():
+    packages = set(demo_corpus.installed_closure(demo_corpus.ROOTS))
+    assert {"torch", "numpy", "sentencepiece", "huggingface-hub", "sympy", "jinja2", "markupsafe", "tqdm"} <= packages
+    assert not packages & {"pytest", "ruff", "hypothesis", "pluggy", "pip"}
+    assert not any(demo_corpus.ACCELERATOR_PACKAGE.match(name) for name in packages)
+
+
+def test_missing_package_is_named():
+    with pytest.raises(ValueError, match=r"^no-such-thing: found no such package; expected .*pip install -r"):
+        demo_corpus.installed_closure(["No_Such.Thing"])
+
+
+def test_standard_library_without_its_tests():
+    files = dict(demo_corpus.stdlib_files())
+    assert {"argparse", "json", "json.decoder", "asyncio.events"} <= set(files)
+    assert not any("site-packages" in path.parts for path in files.values())
+    assert not {name.split(".")[0] for name in files} & {"test", "idlelib", "lib2to3", "pip", "torch"}
+    assert not any({"test", "tests"} & set(name.split(".")[:-1]) for name in files)
+
+
+def test_package_files_are_modules():
+    files = dict(demo_corpus.package_files(demo_corpus.installed_closure(["numpy"])["numpy"]))
+    assert {"numpy", "numpy.linalg", "numpy.ma.core"} <= set(files)
+    assert not any(".tests." in name for name in files)
+    assert all(path.is_file() for path in files.values())
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_writing_that_fails_keeps_the_earlier_file(tmp_path):
+    def chunks():
+        yield b"half a document"
+        raise OSError("disk full")
+
+    (tmp_path / "docs.jsonl").write_bytes(b"earlier")
+    with pytest.raises(OSError, match="disk full"):
+        demo_corpus.write_atomically(tmp_path / "docs.jsonl", chunks())
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+    assert (tmp_path / "docs.jsonl").read_bytes() == b"earlier"
+
+
+def run_script(out: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, "--out", out], capture_output=True, text=True)
+
+
+def test_bad_path_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = run_script(tmp_path / "file" / "docs.jsonl")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"error: {tmp_path / 'file'}: ")
+
+
+def test_whole_corpus(tmp_path):
+    """The one real run: every number in the manifest holds, and the sizes are what README.md says."""
+    out = tmp_path / "new" / "docs.jsonl"
+    done = run_script(out)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    assert {path.name for path in out.parent.iterdir()} == {"docs.jsonl", "docs.manifest.json"}
+    manifest = json.loads((out.parent / "docs.manifest.json").read_text())
+    texts = [json.loads(line)["text"] for line in out.read_bytes().splitlines()]
+    assert manifest["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert manifest["documents"] == len(texts) == len(set(texts))
+    assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert manifest["packages"]["numpy"] and manifest["python"] == sys.version.split()[0]
+    assert f"{len(texts):,} documents" in done.stdout
+    assert 3000 < len(texts) < 6000 and 14e6 < manifest["text_bytes"] < 25e6
+    assert 1000 < manifest["median_bytes"] < 4000 and manifest["longest_bytes"] > 100_000
+    assert min(map(len, texts)) >= demo_corpus.MIN_CHARS

@@ -1,0 +1,137 @@
+"""The model against the formulas of the recipe, written out once more without batching, heads layout or reuse."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+
+import train_gpt as tg
+
+
+def reference_logits(model, cfg, ids):
+    """Logits (T, V) of one sequence, position by position and head by head, in float64 (spec section 3)."""
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    dim = cfg.model_dim // cfg.num_heads
+
+    def norm(x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+    def rope(x, position):
+        half = dim // 2
+        angle = position / cfg.rope_base ** (torch.arange(half, dtype=torch.float64) * 2 / dim)
+        x1, x2 = x[:half], x[half:]
+        return torch.cat((x1 * angle.cos() + x2 * angle.sin(), -x1 * angle.sin() + x2 * angle.cos()))
+
+    def attend(n, i):
+        q, k, v = (n @ w[f"blocks.{i}.attn.{name}.weight"].T for name in ("c_q", "c_k", "c_v"))
+        out = torch.zeros_like(n)
+        for h in range(cfg.num_heads):
+            g = h // (cfg.num_heads // cfg.num_kv_heads)
+            span, shared = slice(h * dim, (h + 1) * dim), slice(g * dim, (g + 1) * dim)
+            keys = [rope(norm(k[t, shared]), t) for t in range(len(n))]
+            for t in range(len(n)):
+                query = rope(norm(q[t, span]), t) * w[f"blocks.{i}.attn.q_gain"][h]
+                weight = torch.stack([query @ key / math.sqrt(dim) for key in keys[: t + 1]]).softmax(0)
+                out[t, span] = weight @ v[: t + 1, shared]
+        return out @ w[f"blocks.{i}.attn.proj.weight"].T
+
+    x = x0 = norm(w["tok_emb.weight"][ids])
+    stack = []
+    for i in range(cfg.num_layers):
+        if i >= cfg.num_layers // 2 and stack:
+            x = x + w["skip_weights"][i - cfg.num_layers // 2] * stack.pop()
+        mix = w[f"blocks.{i}.resid_mix"]
+        x = mix[0] * x + mix[1] * x0
+        x = x + w[f"blocks.{i}.attn_scale"] * attend(norm(x), i)
+        hidden = torch.relu(norm(x) @ w[f"blocks.{i}.mlp.fc.weight"].T) ** 2
+        x = x + w[f"blocks.{i}.mlp_scale"] * (hidden @ w[f"blocks.{i}.mlp.proj.weight"].T)
+        if i < cfg.num_layers // 2:
+            stack.append(x)
+    head = w["tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"]
+    return cfg.logit_softcap * torch.tanh(norm(x) @ head.T / cfg.logit_softcap)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 4, "tie_embeddings": False, "mlp_mult": 3, "num_kv_heads": 4}])
+def test_forward_follows_the_recipe(rt, settings):
+    cfg = tiny_config(**settings)
+    model = tiny_model(cfg, rt)
+    ids = torch.randint(0, cfg.vocab_size, (2, 13))
+    targets = torch.randint(0, cfg.vocab_size, (2, 13))
+    losses = model(ids, targets)
+    for row in range(2):
+        expected = -reference_logits(model, cfg, ids[row]).log_softmax(-1)[torch.arange(13), targets[row]]
+        torch.testing.assert_close(losses[row].double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_state_dict_has_the_published_names(rt):
+    cfg = tiny_config(num_layers=2, tie_embeddings=False)
+    per_block = ["attn_scale", "mlp_scale", "resid_mix", "attn.q_gain", "attn.c_q.weight", "attn.c_k.weight",
+                 "attn.c_v.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight"]  # fmt: skip
+    names = {"tok_emb.weight", "skip_weights", "lm_head.weight"} | {f"blocks.{i}.{n}" for i in (0, 1) for n in per_block}
+    assert set(tg.GPT(cfg, rt.dtype).state_dict()) == names
+    assert set(tg.GPT(tiny_config(num_layers=2), rt.dtype).state_dict()) == names - {"lm_head.weight"}
+
+
+def test_initial_weights(rt):
+    torch.manual_seed(1)
+    model = tg.GPT(tiny_config(model_dim=256, num_heads=4, vocab_size=1024), torch.bfloat16)
+    w = model.state_dict()
+    assert w["tok_emb.weight"].dtype is torch.bfloat16
+    assert w["tok_emb.weight"].float().std().item() == pytest.approx(0.005, rel=0.02)
+    assert all(t.dtype is torch.float32 for name, t in w.items() if name != "tok_emb.weight")
+    assert not w["blocks.0.attn.proj.weight"].any() and not w["blocks.2.mlp.proj.weight"].any()
+    assert (w["blocks.1.attn.q_gain"] == 1.5).all() and (w["skip_weights"] == 1).all()
+    assert (w["blocks.1.resid_mix"] == torch.tensor([[1.0], [0.0]])).all()
+    untied = tg.GPT(tiny_config(tie_embeddings=False), torch.bfloat16).state_dict()
+    assert not untied["lm_head.weight"].any() and untied["tok_emb.weight"].float().std().item() > 0.9
+
+
+@pytest.mark.parametrize("seed_used_before", [0, 5])
+def test_a_seed_means_the_same_weights(rt, seed_used_before):
+    torch.manual_seed(seed_used_before)
+    torch.manual_seed(7)
+    first = tg.GPT(tiny_config(), rt.dtype).state_dict()
+    torch.manual_seed(7)
+    second = tg.GPT(tiny_config(), rt.dtype).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_positions_reach_the_head_alone(rt):
+    """Losses at chosen positions equal the same entries of the full forward."""
+    cfg = tiny_config()
+    model = tiny_model(cfg, rt)
+    ids, targets = torch.randint(0, 96, (3, 20)), torch.randint(0, 96, (3, 20))
+    at = torch.tensor([[4, 5, 6], [0, 1, 2], [17, 18, 19]])
+    full = model(ids, targets)
+    torch.testing.assert_close(model(ids, targets.gather(1, at), at), full.gather(1, at), atol=1e-5, rtol=1e-5)
+
+
+def test_the_future_is_invisible(rt):
+    cfg = tiny_config()
+    model = tiny_model(cfg, rt)
+    ids = torch.randint(0, 96, (1, 20))
+    other = ids.clone()
+    other[:, 12:] = torch.randint(0, 96, (1, 8))
+    targets = torch.zeros_like(ids)
+    assert torch.equal(model(ids, targets)[:, :12], model(other, targets)[:, :12])
+
+
+def test_residual_stream_is_fp32_and_products_are_bf16():
+    """The decision that the class docstring states, seen at the modules' doors."""
+    cfg = tiny_config()
+    model = tiny_model(cfg, tg.Runtime(torch.device("cpu"), torch.bfloat16))
+    seen = {}
+    block = model.blocks[1]
+    block.register_forward_hook(lambda module, args, out: seen.update(residual=(args[0].dtype, out.dtype)))
+    block.attn.c_q.register_forward_hook(lambda module, args, out: seen.update(product=(args[0].dtype, out.dtype)))
+    losses = model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))
+    assert seen == {"residual": (torch.float32,) * 2, "product": (torch.bfloat16,) * 2}
+    assert losses.dtype is torch.float32
+
+
+def test_rope_tables_are_built_in_double_precision():
+    cos, sin = tg.rope_tables(130_001, 64, 10000.0)
+    exact = 130_000 * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    torch.testing.assert_close(cos[130_000].double(), exact.cos(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(sin[130_000].double(), exact.sin(), atol=1e-7, rtol=0)

@@ -1,0 +1,136 @@
+"""Muon, the split of parameters between optimizers, and the schedules."""
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+
+import train_gpt as tg
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 64), (64, 128)])
+def test_orthogonalize_against_float64(shape):
+    """Same singular vectors as the exact polar factor, singular values in Newton-Schulz's band around 1."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    ours = tg.orthogonalize(matrix, 5).double()
+    left, before, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    inside = left.T @ ours @ right.T  # the result in the singular basis: diagonal if the vectors are the same
+    values = inside.diagonal()
+    lifted = values[before > 0.005 * matrix.norm()]  # five steps cannot lift what starts at almost nothing
+    assert len(lifted) > 60 and 0.6 < lifted.min() and values.max() < 1.3
+    assert (inside - torch.diag(values)).abs().max() < 0.1
+    exact = left @ right
+    cosine = (ours * exact).sum() / ours.norm() / exact.norm()
+    assert cosine > 0.97
+
+
+def muon_setup(shapes=((48, 32), (32, 32), (32, 64), (16, 32), (64, 32))):
+    torch.manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    return params, [torch.randn(shape) for shape in shapes]
+
+
+def muon_reference(params, grads, steps, lr, momentum):
+    """Muon from its formula: float64 state, one matrix at a time."""
+    out = []
+    for p, g in zip(params, grads, strict=True):
+        p, buffer = p.detach().double(), torch.zeros(p.shape, dtype=torch.float64)
+        for i in range(steps):
+            gradient = g.double() * (i + 1)
+            buffer = momentum * buffer + gradient
+            update = tg.orthogonalize((gradient + momentum * buffer).float(), 5).double()
+            p = p - lr * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
+        out.append(p)
+    return out
+
+
+def take_steps(muon, params, grads, steps, momentum):
+    muon.param_groups[0]["momentum"] = momentum
+    for i in range(steps):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g * (i + 1)
+        muon.step()
+
+
+def test_muon_follows_its_formula(rt):
+    params, grads = muon_setup()
+    expected = muon_reference(params, grads, 3, 0.02, 0.9)
+    take_steps(tg.Muon(params, 0.02, 5, rt), params, grads, 3, 0.9)
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach().double(), e, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+def test_muon_ranks_share_the_matrices(rt, monkeypatch, world):
+    """Every rank computes its own matrices only; summed, they are the update of a single rank. 9 ranks, 5 matrices."""
+    alone, grads = muon_setup()
+    take_steps(tg.Muon(alone, 0.02, 5, rt), alone, grads, 1, 0.9)
+    parts = []
+    for rank in range(world):
+        params, _ = muon_setup()
+        before = [p.detach().clone() for p in params]
+        ranked = tg.Runtime(rt.device, rt.dtype, rank=rank, world=world)
+        monkeypatch.setattr(ranked, "sum", lambda values: values)  # keep this rank's share visible
+        take_steps(tg.Muon(params, 0.02, 5, ranked), params, grads, 1, 0.9)
+        changed = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+        assert changed == [j % world == rank for j in range(len(params))]
+        parts.append([p.detach() - b for p, b in zip(params, before, strict=True)])
+    start, _ = muon_setup()
+    for j, p in enumerate(alone):
+        torch.testing.assert_close(p.detach(), start[j].detach() + sum(part[j] for part in parts), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_one_optimizer_and_its_rate(rt, tied):
+    cfg = tiny_config(tie_embeddings=tied)
+    model = tiny_model(cfg, rt)
+    rates = {}
+    muon, adam = tg.build_optimizers(model, cfg, rt)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert names[id(p)] not in rates
+                rates[names[id(p)]] = (type(optimizer).__name__, group["base_lr"])
+    for name in names.values():
+        if name == "tok_emb.weight":
+            expected = ("Adam", 0.05 if tied else 0.6)
+        elif name == "lm_head.weight":
+            expected = ("Adam", 0.008)
+        elif name.endswith("weight"):
+            expected = ("Muon", 0.04)
+        else:
+            expected = ("Adam", 0.04)
+        assert rates[name] == expected, name
+    assert adam.defaults["betas"] == (0.9, 0.95) and adam.defaults["eps"] == 1e-8
+
+
+def test_a_forgotten_parameter_is_noticed(rt):
+    cfg = tiny_config()
+    model = tiny_model(cfg, rt)
+    model.blocks[0].register_parameter("extra", torch.nn.Parameter(torch.ones(2, 2)))
+    muon, adam = tg.build_optimizers(model, cfg, rt)  # a new matrix in a block is Muon's ...
+    assert any(p is model.blocks[0].extra for p in muon.param_groups[0]["params"])
+    model.blocks[0].extra = model.blocks[1].attn_scale  # ... and one that is there twice is listed once
+    tg.build_optimizers(model, cfg, rt)
+
+
+def test_schedule_without_a_cap():
+    cfg = tiny_config(iterations=100, warmdown_iters=40, max_wallclock_seconds=0.0)
+    assert [tg.lr_scale(step, 1e9, cfg) for step in (0, 60, 80, 99, 100)] == pytest.approx([1, 1, 0.5, 0.025, 0])
+    assert tg.lr_scale(50, 0, tiny_config(warmdown_iters=0, max_wallclock_seconds=10.0)) == 1
+
+
+def test_schedule_under_a_cap():
+    """100 s at 1 s a step: the last 20 steps fall linearly; a slower pace starts earlier."""
+    cfg = tiny_config(iterations=10**6, warmdown_iters=20, max_wallclock_seconds=100.0)
+    assert [tg.lr_scale(s, 1000.0 * s, cfg) for s in (1, 79, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
+    assert tg.lr_scale(30, 60_000, cfg) == pytest.approx(1)
+    assert tg.lr_scale(35, 70_000, cfg) == pytest.approx(30 / 40)
+    assert tg.lr_scale(0, 0, cfg) == 1
+
+
+def test_momentum_warms_up():
+    cfg = tiny_config()
+    assert [tg.muon_momentum(s, cfg) for s in (0, 250, 500, 9999)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert tg.muon_momentum(0, tiny_config(muon_momentum_warmup_steps=0)) == 0.95

@@ -1,0 +1,196 @@
+"""The script as its users run it: real processes, real ranks, real files."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CONFORMANCE, EVAL_ARTIFACT, ROOT, TINY_RUN, run_script, write_shard
+
+
+def final(done, name="final_int8_ttt_lora"):
+    """val_bpb of the line called `name`."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return float(re.search(rf"^{name} val_loss:[\d.]+ val_bpb:([\d.]+)", done.stdout, re.M)[1])
+
+
+def losses(done):
+    return [float(value) for value in re.findall(r"train_loss:([\d.]+)", done.stdout)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same tiny training by plain python, and by torchrun with one and two ranks."""
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (0, 1, 2)}
+    return {ranks: (run_script(folder, ranks, MAX_VAL_DOCS=None), folder) for ranks, folder in folders.items()}
+
+
+LINES = [
+    r"step:1/4 train_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"step:4/4 val_loss:\d\.\d{4} val_bpb:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"Serialized model: \d+ bytes",
+    r"Code size: \d+ bytes",
+    r"Total submission size: \d+ bytes",
+    r"Serialized model int8\+zlib: \d+ bytes \(payload:\d+ raw_torch:\d+ payload_ratio:\d\.\d\dx\)",
+    r"Total submission size int8\+zlib: \d+ bytes",
+    r"final_int8_zlib_roundtrip val_loss:\d\.\d{4} val_bpb:\d\.\d{4} eval_time:\d+ms",
+    r"final_int8_zlib_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}",
+    r"final_int8_ttt_lora val_loss:\d\.\d{4} val_bpb:\d\.\d{4} eval_time:\d+ms",
+]
+
+
+@pytest.mark.parametrize("ranks", [0, 1, 2])
+def test_lines_that_tools_read(runs, ranks):
+    done, folder = runs[ranks]
+    assert done.returncode == 0, done.stderr
+    for line in LINES:
+        assert len(re.findall(rf"^{line}$", done.stdout, re.M)) == 1, line
+    assert "partial" not in done.stdout
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
+        "final_model.int8.ptz", "final_model.pt", "logs/test.txt"]  # fmt: skip
+
+
+def test_world_size_does_not_move_training_or_score(runs):
+    one, two, plain = runs[1][0], runs[2][0], runs[0][0]
+    assert losses(plain) == losses(one)
+    assert losses(one) == pytest.approx(losses(two), abs=2e-3)
+    assert final(plain) == final(one)
+    assert final(two) == pytest.approx(final(one), abs=2e-3)  # of two trainings, so not the same artifact
+
+
+def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path):
+    artifact = str(runs[1][1] / "final_model.int8.ptz")
+    scores = []
+    for ranks in (0, 1, 2, 3):
+        done = run_script(tmp_path, ranks, EVAL_ONLY="1", MODEL_PATH=artifact, MAX_VAL_DOCS=None)
+        scores.append((final(done), final(done, "final_int8_zlib_roundtrip")))
+    assert scores[0] == (final(runs[1][0]), final(runs[1][0], "final_int8_zlib_roundtrip"))
+    for score in scores:
+        assert score == pytest.approx(scores[0], abs=2e-4)
+
+
+def test_three_ranks_train_or_explain_themselves(tmp_path):
+    done = run_script(tmp_path, 3, ITERATIONS="1")
+    assert done.returncode != 0
+    assert re.findall(r"^error: .*$", done.stderr, re.M) == [
+        "error: TRAIN_BATCH_TOKENS=4096: expected a multiple of 384 (world size 3 x GRAD_ACCUM_STEPS 1 x TRAIN_SEQ_LEN"
+        " 128); the nearest is 4224"]  # fmt: skip
+    done = run_script(tmp_path, 3, ITERATIONS="1", TRAIN_BATCH_TOKENS="4224")
+    assert final(done) > 0
+
+
+def test_evaluating_a_published_artifact_needs_no_shape_and_no_training_shards(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "fineweb_val_000000.bin").symlink_to(CONFORMANCE / "fineweb_val_000000.bin")
+    done = run_script(tmp_path, **EVAL_ARTIFACT, DATA_PATH=str(data))
+    assert final(done, "final_int8_zlib_roundtrip") > 2
+    assert "num_layers:3 model_dim:128 num_heads:2 num_kv_heads:1" in done.stdout
+    assert not list(tmp_path.glob("final_model*"))  # the artifact is read where it lies
+
+
+def test_a_plain_state_dict_is_made_an_artifact_before_it_is_scored(tmp_path):
+    settings = EVAL_ARTIFACT | {"MODEL_PATH": str(CONFORMANCE / "init.pt")}
+    assert final(run_script(tmp_path, **settings)) > 2
+    assert (tmp_path / "final_model.int8.ptz").exists()
+
+
+def test_every_printed_line_of_a_partial_run_says_so(tmp_path):
+    done = run_script(tmp_path, **EVAL_ARTIFACT, MAX_VAL_DOCS="2")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 5
+    assert all(line.endswith(" partial") for line in done.stdout.splitlines())
+
+
+def test_out_dir_takes_everything(tmp_path):
+    out, here = tmp_path / "made" / "on demand", tmp_path / "here"
+    here.mkdir()
+    done = run_script(here, **EVAL_ARTIFACT, OUT_DIR=str(out), MAX_VAL_DOCS="1")
+    assert done.returncode == 0, done.stderr
+    assert not list(here.iterdir()) and (out / "logs" / "test.txt").exists()
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_bad_settings_fail_in_one_line_on_every_rank(tmp_path, ranks):
+    done = run_script(tmp_path, ranks, MATRIX_LR="fast")
+    assert done.returncode != 0 and done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: MATRIX_LR='fast': expected a finite number of at least 0; set it so or unset it"]
+    assert ranks or done.stderr.splitlines() == errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_bad_files_fail_in_one_line_before_anything_is_trained(tmp_path, ranks):
+    """A truncated shard that would only be read much later."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin"):
+        (data / name).symlink_to(CONFORMANCE / name)
+    shard = write_shard(data / "fineweb_train_000001.bin", [1] * 1000)
+    shard.write_bytes(shard.read_bytes()[:-2])
+    done = run_script(tmp_path, ranks, DATA_PATH=str(data))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1
+    assert "fineweb_train_000001.bin: found 3022 bytes" in errors[0] and "Traceback" not in done.stderr
+    assert "step:" not in done.stdout and errors[0] in (tmp_path / "logs" / "test.txt").read_text()
+
+
+def test_one_rank_that_refuses_stops_the_others_with_its_line(tmp_path):
+    """A token id that only the second rank reads."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "fineweb_val_000000.bin").symlink_to(CONFORMANCE / "fineweb_val_000000.bin")
+    tokens = [1, 5, 6, 7] * 5000
+    tokens[513 + 100] = 60000  # micro-step 0 gives tokens 0..1024 to rank 0 and the next 1025 to rank 1
+    tokens[1025 + 100], tokens[613] = 60000, 5
+    write_shard(data / "fineweb_train_000000.bin", tokens)
+    done = run_script(tmp_path, 2, DATA_PATH=str(data))
+    assert done.returncode != 0
+    assert "error: training shards: token id 60000, expected ids below 1024" in done.stderr
+
+
+def test_compiled_and_eager_print_the_same_scores(tmp_path):
+    settings = EVAL_ARTIFACT | {"TRAIN_SEQ_LEN": "128", "MAX_VAL_DOCS": "4"}
+    eager = run_script(tmp_path, **settings, COMPILE="0")
+    compiled = run_script(tmp_path, **settings, COMPILE="1")
+    assert re.search(r"^compile:done time:[\d.]+s", compiled.stdout, re.M)
+    assert "compile" not in eager.stdout
+    name = "final_int8_zlib_roundtrip"
+    assert final(compiled, name) == pytest.approx(final(eager, name), abs=1.5e-3)
+
+
+def test_a_failing_compiler_is_announced_and_survived(tmp_path):
+    settings = EVAL_ARTIFACT | {"TRAIN_SEQ_LEN": "128", "MAX_VAL_DOCS": "4", "COMPILE": "1"}
+    done = run_script(tmp_path, **settings, CXX="/nonexistent/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert re.search(r"^compile:failed \(.+\); running eager", done.stdout, re.M)
+    assert final(done) > 2
+
+
+def test_progress_is_for_people(tmp_path):
+    """Bars appear on a terminal only; neither pipes nor the log file ever hold one."""
+    env = os.environ | TINY_RUN | {"OUT_DIR": str(tmp_path), "RUN_ID": "test", "ITERATIONS": "12"}
+    master, slave = pty.openpty()
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=slave, text=True)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 65536)
+        except OSError:  # the other end is closed
+            break
+    out = process.communicate()[0]
+    assert process.returncode == 0
+    assert b"training" in shown and b"tokens/s" in shown and b"evaluating" in shown
+    log = (tmp_path / "logs" / "test.txt").read_text()
+    for text in (out, log.removeprefix((ROOT / "train_gpt.py").read_text())):
+        assert "tokens/s" not in text and "\r" not in text
+
+
+def test_torch_is_the_pinned_one():
+    """Golden numbers are only promised for this version."""
+    pin = re.search(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    assert torch.__version__.split("+")[0] == pin
