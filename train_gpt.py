@@ -524,8 +524,8 @@ NONE: Adapters = {}
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension, in fp32, without a weight."""
-    return F.rms_norm(x.float(), (x.size(-1),))
+    """x / rms(x) over the last dimension, without a weight, in the dtype of x."""
+    return F.rms_norm(x, (x.size(-1),))
 
 
 def project(x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -576,8 +576,8 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D), in the dtype of x."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x, adapters).view(heads).transpose(1, 2) for proj in (self.c_q, self.c_k, self.c_v))
-        q = (rotate(rms_norm(q), cos, sin) * self.q_gain[:, None, None]).to(x.dtype)
-        k = rotate(rms_norm(k), cos, sin).to(x.dtype)
+        q = (rotate(rms_norm(q.float()), cos, sin) * self.q_gain[:, None, None]).to(x.dtype)
+        k = rotate(rms_norm(k.float()), cos, sin).to(x.dtype)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.proj(y.transpose(1, 2).reshape(x.shape), adapters)
 
@@ -606,19 +606,21 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
         self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros_like(ones))))
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype, ad: Adapters) -> Tensor:
-        """Residual stream x and embedding x0, (B, T, D) fp32 -> (B, T, D) fp32; the branches compute in `dtype`."""
-        x = self.resid_mix[0] * x + self.resid_mix[1] * x0
-        x = x + self.attn_scale * self.attn(rms_norm(x).to(dtype), *rope, ad)
-        return x + self.mlp_scale * self.mlp(rms_norm(x).to(dtype), ad)
+    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], adapters: Adapters) -> Tensor:
+        """Residual stream x and normed embedding x0 -> residual stream, all (B, T, D) in one dtype."""
+        mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
+        x = mix[0] * x + mix[1] * x0
+        x = x + attn_scale * self.attn(rms_norm(x), *rope, adapters)
+        return x + mlp_scale * self.mlp(rms_norm(x), adapters)
 
 
 class GPT(nn.Module):
     """The record's transformer: skip connections from its first half to its second, a soft-capped head.
 
-    Precision is written out instead of left to autocast, whose lists of operations differ between CPU and CUDA: matrix
-    products and attention run in `dtype`; norms, rotation, residual stream, softcap and cross-entropy in fp32 on every
-    device, because the record's published scores come from CUDA, where autocast made its residual stream fp32.
+    Precision is written out instead of left to autocast, whose lists of operations differ between CPU and CUDA. The
+    residual stream, matrix products and attention are in `dtype` on every device: a bf16 stream agrees with the
+    published code where that could be run (records/NOTES.md) and moves half the bytes of the fp32 one that autocast
+    gave the record on CUDA. Query and key norms, rotation, softcap and cross-entropy are in fp32.
     """
 
     def __init__(self, cfg: Config, dtype: torch.dtype) -> None:
@@ -649,17 +651,17 @@ class GPT(nn.Module):
         when `at` is None (S = T). Only those positions reach the head.
         """
         rope = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
-        x = x0 = rms_norm(self.tok_emb(ids))
+        x = x0 = rms_norm(self.tok_emb(ids).to(self.dtype))
         skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i >= self.half and skips:
-                x = x + self.skip_weights[i - self.half] * skips.pop()
-            x = block(x, x0, rope, self.dtype, adapters)
+                x = x + self.skip_weights[i - self.half].to(x.dtype) * skips.pop()
+            x = block(x, x0, rope, adapters)
             if i < self.half:
                 skips.append(x)
         if at is not None:
             x = x.gather(1, at[:, :, None].expand(-1, -1, x.size(-1)))
-        logits = project(rms_norm(x).to(self.dtype), self.head, adapters.get("lm_head")).float()
+        logits = project(rms_norm(x), self.head, adapters.get("lm_head")).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 

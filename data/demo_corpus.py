@@ -69,7 +69,10 @@ def module_name(relative: Path) -> str:
 
 
 def is_wanted(relative: Path) -> bool:
-    """Whether this .py file, named relative to its import root, belongs to the corpus."""
+    """Whether this file, named relative to its import root, belongs to the corpus.
+
+    ".." marks what pip put outside the import root: command-line scripts, which are a few lines of code.
+    """
     return relative.suffix == ".py" and ".." not in relative.parts and not SKIPPED_FOLDERS & set(relative.parts[:-1])
 
 

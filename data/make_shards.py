@@ -72,7 +72,6 @@ def shard_token_count(path: str | Path) -> int:
     remedy = "make or download this shard again"
     if size < header_bytes:
         raise ValueError(f"{path}: found {size} bytes; expected a header of {header_bytes} bytes; {remedy}")
-    # Little-endian whatever this machine is: the files travel.
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     if (magic, version) != (MAGIC, VERSION):
         found = f"found magic {magic} and version {version}; expected {MAGIC} and {VERSION}"
@@ -101,6 +100,7 @@ class ShardWriter:
                 self.file.write(bytes(4 * HEADER_INTS))
                 self.shards, self.count = self.shards + 1, 0
             room = SHARD_TOKENS - self.count
+            # Little-endian by name, so that a set made anywhere can be read anywhere.
             self.file.write(ids[:room].astype("<u2").tobytes())
             self.count += min(room, ids.size)
             ids = ids[room:]
@@ -149,7 +149,10 @@ class Source:
         return facts | {"blank_lines": self.blank_lines, "empty_documents": self.empty_documents}
 
     def texts(self, rows: np.ndarray) -> Iterator[str]:
-        """The documents with these row numbers, in this order."""
+        """The documents with these row numbers, in this order.
+
+        Each line is parsed a second time; that costs little beside its encoding, and nothing has to be kept.
+        """
         with open(self.path, "rb") as file:
             for offset in self.offsets[rows]:
                 file.seek(offset)
@@ -157,7 +160,11 @@ class Source:
 
 
 def document_text(line: bytes) -> str:
-    """The text of one JSONL line; ValueError says what is wrong with it."""
+    """The text of one JSONL line; ValueError says what is wrong with it, and the caller where it is.
+
+    Nothing is repaired or skipped: a corpus that is not what its maker thinks should be noticed now. Other entries of
+    the object are allowed, as most corpora carry a source or a date.
+    """
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -230,7 +237,7 @@ def split_long(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PART_CHARS:
         end = start + PART_CHARS
-        cut = max(text.rfind(blank, start + 1, end) for blank in BLANKS)
+        cut = max(text.rfind(blank, start, end) for blank in BLANKS)
         cut = cut if cut > start else end
         yield text[start:cut]
         start = cut
@@ -309,7 +316,7 @@ def piece_bytes(tokenizer: spm.SentencePieceProcessor) -> np.ndarray:
 
 @dataclass
 class Part:
-    """A stretch of one document; most documents are a single part."""
+    """A stretch of one document, at most PART_CHARS long; most documents are a single part."""
 
     text: str
     starts_document: bool
@@ -379,7 +386,7 @@ def earlier_shards(out: Path) -> set[str]:
     shards = {path.name for path in out.glob("fineweb_*.bin") if SHARD_NAME.fullmatch(path.name)}
     try:
         listed = set(json.loads((out / "manifest.json").read_bytes())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or one of another kind
         listed = set()
     if shards - listed:
         raise ValueError(
@@ -448,6 +455,7 @@ def publish(build: Path, out: Path, files: list[str], earlier: set[str]) -> None
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The options. --vocab-size stays None unless given: only then can it contradict a given tokenizer."""
     parser = argparse.ArgumentParser(description="Make token shards and a tokenizer from a JSONL file of documents.")
     parser.add_argument("--jsonl", type=Path, required=True, help='file with one {"text": "..."} a line')
     parser.add_argument("--out", type=Path, required=True, help="folder for the set; an earlier set is replaced")

@@ -1,4 +1,4 @@
-"""What the tests share: a small model with every weight alive, real text, and a way to run the script as a user does."""
+"""What the tests share: a small model with every weight alive, real text, and the script run as users run it."""
 
 import os
 import subprocess

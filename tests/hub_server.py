@@ -32,6 +32,7 @@ class HubServer:
 
     def __init__(self, repo: str, files: dict[str, bytes]):
         self.repo, self.files = repo, dict(files)
+        self.commit_header = {"X-Repo-Commit": COMMIT}  # how a client knows a hub from any other web server
         self.sent_instead: dict[str, bytes] = {}
         self.status: dict[str, int] = {}  # path -> answer every request for it with this status
         self.listed_size: dict[str, int] = {}  # path -> a size to claim in paths-info
@@ -90,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_file(self, path: str) -> None:
+        if status := self.hub.status.get(path):
+            return self.answer(status)
         data, start = self.hub.sent_instead.get(path, self.hub.files[path]), 0
         headers = {"ETag": '"tag"'}
         if asked := self.headers.get("Range"):
@@ -107,17 +110,15 @@ class Hub(Handler):
     def do_GET(self):
         self.hub.requests.append(self.seen())
         path = self.path.removeprefix(f"/datasets/{self.hub.repo}/resolve/").partition("/")[2]
-        commit = {"X-Repo-Commit": COMMIT}
-        if status := self.hub.status.get(path):
-            self.answer(status)
-        elif path not in self.hub.files:
+        commit = self.hub.commit_header
+        if path not in self.hub.files:
             self.answer(404, commit | {"X-Error-Code": "EntryNotFound"})
-        elif self.command == "HEAD":
-            self.answer(200, commit | {"ETag": '"tag"', "Content-Length": len(self.hub.files[path])})
-        elif is_small(path):
-            self.send_file(path)
-        else:
+        elif not is_small(path):
             self.answer(302, commit | {"Location": f"{self.hub.storage}/{path}?signature=secret"})
+        elif self.command == "HEAD" and path not in self.hub.status:
+            self.answer(200, commit | {"ETag": '"tag"', "Content-Length": len(self.hub.files[path])})
+        else:
+            self.send_file(path)
 
     do_HEAD = do_GET
 

@@ -74,12 +74,12 @@ def test_unusable_tokenizers_are_refused(tmp_path, content):
     path = tmp_path / "tokenizer.model"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(tg.UserError, match="TOKENIZER_PATH=.*expected the SentencePiece"):
+    with pytest.raises(tg.UserError, match=r"TOKENIZER_PATH=.*expected the SentencePiece"):
         tg.load_tokenizer(str(path), 1024)
 
 
 def test_tokenizer_of_another_vocabulary_is_refused():
-    with pytest.raises(tg.UserError, match="found 1024 pieces.*the model's 512 pieces"):
+    with pytest.raises(tg.UserError, match=r"found 1024 pieces.*the model's 512 pieces"):
         tg.load_tokenizer(TOKENIZER, 512)
 
 

@@ -146,7 +146,8 @@ def test_the_tail_of_the_flat_evaluation_is_counted(rt, tmp_path):
 
 def test_eval_only_needs_no_training_shards(rt, tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5] * 150)
-    env = {"MAX_VAL_DOCS": "0", "DATA_PATH": str(tmp_path), "EVAL_ONLY": "1", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}
+    artifact = str(CONFORMANCE / "final_model.int8.ptz")
+    env = {"MAX_VAL_DOCS": "0", "DATA_PATH": str(tmp_path), "EVAL_ONLY": "1", "MODEL_PATH": artifact}
     assert tg.load_inputs(tg.read_config(TINY_RUN | env), rt).stream is None
     with pytest.raises(tg.UserError, match="found no fineweb_train"):
         tg.load_inputs(tg.read_config(TINY_RUN | env | {"EVAL_ONLY": "0"}), rt)

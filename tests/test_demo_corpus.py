@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import demo_corpus
 import pytest
@@ -57,7 +58,7 @@ if True:
             def nested(): "Single quotes."
     finally:
         pass
-value = "a string"
+value = "an old pattern: \\d"
 """A string that documents a value, for other tools."""
 '''
     assert demo_corpus.module_document(source.encode()) == (
@@ -127,6 +128,14 @@ def test_closure_holds_requirements_and_nothing_else():
     assert not any(demo_corpus.ACCELERATOR_PACKAGE.match(name) for name in packages)
 
 
+def test_accelerator_packages_stay_out(monkeypatch):
+    """A CUDA build of torch requires more than the CPU build; both must give the same corpus."""
+    requires = {"torch": ["triton==3.4; platform_system == 'Linux'", "nvidia-cublas==13.1", "sympy>=1"], "sympy": None}
+    distributions = {name: SimpleNamespace(requires=wanted) for name, wanted in requires.items()}
+    monkeypatch.setattr(demo_corpus.metadata, "distribution", distributions.__getitem__)
+    assert list(demo_corpus.installed_closure(["torch"])) == ["sympy", "torch"]
+
+
 def test_missing_package_is_named():
     with pytest.raises(ValueError, match=r"^no-such-thing: found no such package; expected .*pip install -r"):
         demo_corpus.installed_closure(["No_Such.Thing"])
@@ -144,7 +153,8 @@ def test_package_files_are_modules():
     files = dict(demo_corpus.package_files(demo_corpus.installed_closure(["numpy"])["numpy"]))
     assert {"numpy", "numpy.linalg", "numpy.ma.core"} <= set(files)
     assert not any(".tests." in name for name in files)
-    assert all(path.is_file() for path in files.values())
+    assert all(path.is_file() and path.suffix == ".py" for path in files.values())
+    assert not demo_corpus.is_wanted(Path("../../../bin/tool.py"))  # a script outside the package
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

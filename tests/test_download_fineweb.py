@@ -220,6 +220,11 @@ def test_a_hub_that_refuses_is_one_line(hub, tmp_path, status, hint):
     refused(run(hub.endpoint, tmp_path / "data"), f"HTTP {status}", hint)
 
 
+def test_a_server_that_is_no_hub_is_one_line(hub, tmp_path):
+    hub.commit_header = {}
+    refused(run(hub.endpoint, tmp_path / "data"), hub.endpoint, "HF_ENDPOINT")
+
+
 def test_a_shard_that_the_hub_lacks_is_named_before_anything_is_fetched(hub, tmp_path):
     del hub.files[f"datasets/{TRAIN.format(1)}"]
     refused(run(hub.endpoint, tmp_path / "data"), TRAIN.format(1))

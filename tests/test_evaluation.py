@@ -92,7 +92,8 @@ def reference(model, docs, cfg, rt, chunk, window, learn):
     start_values = tg.DocumentAdapters(model, cfg, rt)
     for start, n in zip(docs.starts, docs.predictions, strict=True):
         start_values.reset(1)
-        pairs = {k: tuple(t.clone().requires_grad_() for t in ab) for k, ab in start_values.pairs(start_values.flat).items()}
+        fresh = start_values.pairs(start_values.flat)
+        pairs = {name: tuple(t.clone().requires_grad_() for t in ab) for name, ab in fresh.items()}
         adam = torch.optim.Adam([t for ab in pairs.values() for t in ab], cfg.ttt_lora_lr, (0.9, 0.95), 1e-10)
         for c in range(-(-n // chunk)):
             end = min((c + 1) * chunk, n)

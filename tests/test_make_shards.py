@@ -21,11 +21,11 @@ VAL_DOCS, VOCAB = 12, 400
 def make_texts(count: int = 200) -> list[str]:
     """Documents of made-up words, with the things that tokenizers trip over sprinkled in."""
     rng = random.Random(7)
-    words = ["".join(rng.choices("etaoinshrdlucmw", k=rng.randint(1, 8))) for _ in range(500)]
-    odd = ["2024", "naïve", "ﬁne", "tab\there", "two  spaces", "line\nbreak", "▅", "nul\0byte", "日本", "🙂", "<s>"]
+    words = ["".join(rng.choices("etaoinshrdlucmwx", k=rng.randint(1, 8))) for _ in range(500)]
+    odd = ["naïve", "ﬁne", "tab\there", "two  spaces", "line\nbreak", "▅", "nul\0byte", "日本", "🙂", "<s>"]
     texts = []
     for number in range(count):
-        chosen = [*rng.choices(words, k=rng.randint(20, 120)), odd[number % len(odd)], f"doc{number}"]
+        chosen = [*rng.choices(words, k=rng.randint(20, 120)), odd[number % len(odd)], f"doc{number}", "2024"]
         rng.shuffle(chosen)
         texts.append(" ".join(chosen))
     for number in range(20, 24):  # rarer than one character in a thousand, in training whatever the seed
@@ -35,6 +35,15 @@ def make_texts(count: int = 200) -> list[str]:
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def make_tokenizer(path: Path, **options: object) -> Path:
+    """A tokenizer other than the one that the script would make."""
+    model = io.BytesIO()
+    settings = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "minloglevel": 2, **options}
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(make_texts(40)), model_writer=model, **settings)
+    path.write_bytes(model.getvalue())
     return path
 
 
@@ -192,6 +201,13 @@ def test_tokenizer_sample_is_capped(jsonl, monkeypatch):
     assert sum(sizes) >= 5000 > sum(sizes[:-1])
 
 
+def test_long_documents_teach_the_tokenizer(texts, tmp_path):
+    """By default SentencePiece's trainer ignores any text above 4192 bytes; here every text is longer."""
+    joined = [" ".join(texts[start : start + 20]) for start in range(0, 100, 5)]
+    assert min(map(len, joined)) > 4192
+    build(write_jsonl(tmp_path / "docs.jsonl", joined), tmp_path / "set")
+
+
 def test_reserved_characters_do_not_cost_their_document(tmp_path):
     """SentencePiece's trainer ignores any text with a NUL or U+2585 in it; here every text has one."""
     jsonl = write_jsonl(tmp_path / "docs.jsonl", [f"{text} \0 ▅" for text in make_texts(60)])
@@ -238,7 +254,7 @@ def test_long_documents_are_cut_without_a_trace(jsonl, made, tmp_path, monkeypat
 
 def test_word_longer_than_a_part_keeps_its_letters(tokenizer, monkeypatch):
     monkeypatch.setattr(make_shards, "PART_CHARS", 10)
-    text = "short " + "abcdefghij" * 7 + " end"
+    text = "short " + "".join(random.Random(1).choices("etaoinshrdlucmwx", k=300)) + " end"
     (batch,) = make_shards.encoding_batches([text])
     ids = np.concatenate(make_shards.encode_parts(tokenizer, batch))
     assert max(len(part.text) for part in batch) <= 10
@@ -266,11 +282,10 @@ def test_given_tokenizer_is_used_as_it_is(jsonl, made, tmp_path):
     assert manifest["tokenizer"] == {"vocab_size": VOCAB, "trained_here": False, "training_text_limit_bytes": None}
 
 
-def test_other_tokenizers_mark_the_cut_as_well(tmp_path, texts, monkeypatch):
+def test_other_tokenizers_leave_no_trace_of_a_cut_either(tmp_path, texts, monkeypatch):
     """A tokenizer with a dummy prefix puts a space in front of a text, but not in front of its later parts."""
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=VOCAB, minloglevel=2)
-    tokenizer = make_shards.load_tokenizer(model.getvalue(), "unigram", None)
+    path = make_tokenizer(tmp_path / "prefix.model", model_type="unigram", byte_fallback=False, vocab_size=60)
+    tokenizer = make_shards.load_tokenizer(path.read_bytes(), "prefix", None)
     (whole,) = make_shards.encode_parts(tokenizer, next(make_shards.encoding_batches([texts[0]])))
     monkeypatch.setattr(make_shards, "PART_CHARS", 50)
     parts = make_shards.encode_parts(tokenizer, next(make_shards.encoding_batches([texts[0]])))
@@ -278,17 +293,6 @@ def test_other_tokenizers_mark_the_cut_as_well(tmp_path, texts, monkeypatch):
 
 
 # --- What a user can get wrong ---------------------------------------------------------------------------------------
-
-
-def tokenizer_without_bos(folder: Path) -> Path:
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_texts(40)), model_writer=model, model_type="bpe", vocab_size=300,
-        bos_id=-1, byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
-    path = folder / "nobos.model"
-    path.write_bytes(model.getvalue())
-    return path
 
 
 GOOD_LINE = b'{"text": "three good words"}\n'
@@ -352,7 +356,7 @@ def test_bad_line_is_named(case, earlier_set, tmp_path, made):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
 def test_bad_option_leaves_the_earlier_set(options, words, earlier_set, made, jsonl, tmp_path):
-    tokenizer_without_bos(tmp_path)
+    make_tokenizer(tmp_path / "nobos.model", bos_id=-1)
     (tmp_path / "made").symlink_to(made)
     (tmp_path / "docs.jsonl").write_bytes(jsonl.read_bytes())
     (tmp_path / "empty.jsonl").write_bytes(b"")
@@ -370,10 +374,9 @@ def test_refused_run_makes_no_folder(tmp_path):
 def test_write_that_fails_half_way_leaves_the_earlier_set(earlier_set, made, texts, tmp_path):
     """A file-size limit stands in for a full disk: the tokenizer still fits, the training shard does not."""
     limit = 400_000
-    assert (made / "tokenizer.model").stat().st_size < limit < 15 * (made / "fineweb_train_000000.bin").stat().st_size
     done = run_script(
         "--jsonl", write_jsonl(tmp_path / "docs.jsonl", texts * 20), "--out", earlier_set,
-        "--tokenizer", made / "tokenizer.model", "--val-docs", VAL_DOCS,
+        "--tokenizer", make_tokenizer(tmp_path / "other.model"), "--val-docs", VAL_DOCS,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert_refused(done, f"{earlier_set}: File too large")

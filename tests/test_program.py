@@ -164,7 +164,8 @@ def test_compiled_and_eager_print_the_same_scores(tmp_path):
 
 def test_a_failing_compiler_is_announced_and_survived(tmp_path):
     settings = EVAL_ARTIFACT | {"TRAIN_SEQ_LEN": "128", "MAX_VAL_DOCS": "4", "COMPILE": "1"}
-    done = run_script(tmp_path, **settings, CXX="/nonexistent/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    settings |= {"CXX": "/nonexistent/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run_script(tmp_path, **settings)
     assert re.search(r"^compile:failed \(.+\); running eager", done.stdout, re.M)
     assert final(done) > 2
 

@@ -49,7 +49,8 @@ def test_accumulation_averages_over_the_whole_batch(rt):
     trainer = make_trainer(cfg, rt)
     spans = [trainer.stream.read(i * 65, 65) for i in range(4)]
     seen = {}
-    trainer.model.zero_grad = lambda set_to_none: seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+    named = dict(trainer.model.named_parameters())
+    trainer.model.zero_grad = lambda set_to_none: seen.update({name: p.grad.clone() for name, p in named.items()})
     loss = trainer.train_step()
     torch.nn.Module.zero_grad(trainer.model)
     x = torch.stack([torch.from_numpy(s[:-1]).view(2, 32) for s in spans]).view(8, 32)
@@ -57,7 +58,7 @@ def test_accumulation_averages_over_the_whole_batch(rt):
     mean = trainer.model(x, y).mean()
     mean.backward()
     assert loss.item() == pytest.approx(mean.item(), rel=1e-6)
-    for name, p in trainer.model.named_parameters():
+    for name, p in named.items():
         tolerance = 1e-2 if p.dtype is torch.bfloat16 else 1e-6
         torch.testing.assert_close(seen[name], p.grad, atol=tolerance, rtol=tolerance)
 
@@ -110,7 +111,7 @@ def run_train(cfg, rt, monkeypatch, capsys, tmp_path):
 
 def test_log_lines_to_the_character(rt, monkeypatch, capsys, tmp_path):
     cfg = tiny_config(iterations=14, val_loss_every=7, train_log_every=6)
-    trainer, lines = run_train(cfg, rt, monkeypatch, capsys, tmp_path)
+    _, lines = run_train(cfg, rt, monkeypatch, capsys, tmp_path)
     steps = [int(line.split("/")[0].removeprefix("step:")) for line in lines]
     assert steps == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 12, 14]
     assert lines[0] == "step:0/14 val_loss:2.0000 val_bpb:0.7213 train_time:1000ms step_avg:1000.00ms"
