@@ -29,13 +29,13 @@ R adapter rank, V vocabulary, P adapter numbers of one document. Losses are in n
 
 from __future__ import annotations
 
+import ctypes
 import heapq
 import io
 import math
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 import uuid
@@ -57,7 +57,11 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """Something a user can put right: shown as one line, without a traceback; every rank exits with status 1."""
+    """Something a user can put right: shown as one line, without a traceback, with exit status 1."""
+
+
+class AgreedError(UserError):
+    """A `UserError` that every rank raises alike, so that rank 0 alone shows it."""
 
 
 def _opt(default: Any, unit: str, least: float | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -73,7 +77,7 @@ class Config:
     preset: str = _opt("auto", "baseline with CUDA, cpu elsewhere", choices=("auto", "baseline", "cpu"))
     device: str = _opt("auto", "cuda where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = _opt("auto", "compute dtype; bfloat16 where it is fast", choices=("auto", "bfloat16", "float32"))
-    compile: str = _opt("auto", "torch.compile; auto: where it pays", choices=("auto", "0", "1"))
+    compile: str = _opt("auto", "compile the forward pass; auto: with CUDA", choices=("auto", "0", "1"))
     eval_only: bool = _opt(False, "1: score MODEL_PATH, train nothing")
     model_path: str = _opt("", "start from the weights and the shape of this .pt or .ptz file")
     data_path: str = _opt("./data/datasets/fineweb10B_sp1024", "folder of shards")
@@ -137,7 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _parse(name: str, text: str, spec: Any) -> Any:
-    """The value that `text` spells for the field `spec`, or `UserError` with variable, value and what was expected."""
+    """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
     kind, least, choices = type(spec.default), spec.metadata["least"], spec.metadata["choices"]
     expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "text"}[kind]
     expected = "one of " + ", ".join(choices) if choices else expected
@@ -149,21 +153,21 @@ def _parse(name: str, text: str, spec: Any) -> Any:
     except (ValueError, KeyError):
         fits = False
     if not fits:
-        raise UserError(f"{name}={text!r}: expected {expected}; set it so or unset it")
+        raise AgreedError(f"{name}={text!r}: expected {expected}; set it so or unset it")
     return value
 
 
 def read_config(env: Mapping[str, str]) -> Config:
     """Settings from the environment: explicit variables win over the preset, the preset over the defaults.
 
-    Raises `UserError` for a value that does not parse and for settings that cannot work together.
+    Raises `AgreedError` for a value that does not parse and for settings that cannot work together.
     """
     given = {f.name: _parse(f.name.upper(), env[f.name.upper()], f) for f in fields(Config) if f.name.upper() in env}
     device, preset = given.get("device", "auto"), given.get("preset", "auto")
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     preset = preset if preset != "auto" else "baseline" if device == "cuda" else "cpu"
     cfg = replace(Config(), **PRESETS[preset] | given | {"device": device, "preset": preset})
-    world = int(env.get("WORLD_SIZE", "1"))
+    world = _parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), _opt(1, "ranks", 1))
     if cfg.grad_accum_steps == 0:
         cfg = replace(cfg, grad_accum_steps=8 // world if 8 % world == 0 else 1)
     check_config(cfg, world)
@@ -171,7 +175,7 @@ def read_config(env: Mapping[str, str]) -> Config:
 
 
 def check_config(cfg: Config, world: int) -> None:
-    """Refuse settings that parse one by one but cannot work together (`UserError`)."""
+    """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(unit, round(cfg.train_batch_tokens / unit) * unit)
     rules = (
@@ -185,6 +189,8 @@ def check_config(cfg: Config, world: int) -> None:
         (cfg.model_dim % (2 * cfg.num_heads) == 0,
          f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, since NUM_HEADS={cfg.num_heads} and"
          " rotary embedding needs an even head dim"),
+        (max(cfg.beta1, cfg.beta2) < 1,
+         f"BETA1={cfg.beta1:g}, BETA2={cfg.beta2:g}: expected numbers below 1, the shares that Adam's averages keep"),
         (cfg.num_heads % cfg.num_kv_heads == 0,
          f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads}; change one of them"),
         (cfg.eval_only or cfg.train_batch_tokens % unit == 0,
@@ -193,7 +199,7 @@ def check_config(cfg: Config, world: int) -> None:
     )  # fmt: skip
     for holds, line in rules:
         if not holds:
-            raise UserError(line)
+            raise AgreedError(line)
 
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
@@ -212,35 +218,42 @@ class Runtime:
 
     @classmethod
     def create(cls, cfg: Config, env: Mapping[str, str]) -> Runtime:
-        """Claim the device and join the other ranks that torchrun started. `UserError` if there is no such device."""
+        """Claim the device and join the other ranks that torchrun started. `AgreedError` where GPUs are lacking."""
         rank, world, local = (int(env.get(key, "0")) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        dtype, why = choose_dtype(cfg)
-        device = torch.device("cpu")
+        rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1)
         if cfg.device == "cuda":
-            if local >= (count := torch.cuda.device_count()):
-                raise UserError(f"DEVICE=cuda: rank {rank} needs GPU {local}, found {count}; start fewer or use cpu")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+            needed, found = int(env.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+            if needed > found:
+                raise AgreedError(f"DEVICE=cuda: {needed} ranks on this machine, found {found} GPUs; start fewer ranks")
+            rt.device = torch.device("cuda", local)
+            torch.cuda.set_device(rt.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rt.dtype != torch.float32
             # Only flash attention, so that a slow fallback fails loudly; fp32 has no flash kernel and needs the other.
             torch.backends.cuda.enable_cudnn_sdp(False)
             torch.backends.cuda.enable_mem_efficient_sdp(False)
-            torch.backends.cuda.enable_math_sdp(dtype == torch.float32)
+            torch.backends.cuda.enable_math_sdp(rt.dtype == torch.float32)
+        else:
+            keep_freed_memory()
         if world:
             # gloo carries what lives on the CPU (clock, error lines), so that agreeing on them never waits for a GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
-        rt = cls(device, dtype, rank, world or 1, suffix=" partial" if cfg.max_val_docs else "")
-        if rank == 0:
-            rt.log_path = Path(cfg.out_dir) / "logs" / f"{cfg.run_id or uuid.uuid4()}.txt"
-            rt.log_path.parent.mkdir(parents=True, exist_ok=True)
+        rt.together(lambda: rt.open_log(cfg))
+        return rt
+
+    def open_log(self, cfg: Config) -> None:
+        """Start the log file with its head: this script, versions, hardware, settings. `OSError` where it cannot be."""
+        self.suffix = " partial" if cfg.max_val_docs else ""
+        if self.rank == 0:
+            self.log_path = Path(cfg.out_dir) / "logs" / f"{cfg.run_id or uuid.uuid4()}.txt"
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
             versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
             settings = " ".join(f"{f.name.upper()}={getattr(cfg, f.name)}" for f in fields(cfg))
             rule = "=" * 100
-            head = (source_code(), rule, versions, describe_device(device), rule, f"config: {settings}")
-            rt.log("\n".join(head), console=False)
-            rt.log(f"preset:{cfg.preset} device:{device} world_size:{rt.world} dtype:{dtype} ({why})")
-            rt.log(f"log:{rt.log_path}")
-        return rt
+            head = (source_code(), rule, versions, describe_device(self.device), rule, f"config: {settings}")
+            self.log("\n".join(head), console=False)
+            dtype, why = choose_dtype(cfg)
+            self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
+            self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
 
     def log(self, text: str, console: bool = True) -> None:
         """Write to the log file and, unless told otherwise, to standard output. Rank 0 only."""
@@ -252,26 +265,19 @@ class Runtime:
             with self.log_path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def fail(self, line: str, show: bool = True) -> None:
-        """End this process with status 1 and, where shown, one `error:` line that also ends the log."""
-        if show:
-            print(f"error: {line}", file=sys.stderr, flush=True)
-            self.log(f"error: {line}", console=False)
-        raise SystemExit(1)
-
     def together(self, work: Callable[[], Any]) -> Any:
-        """work() on every rank; if any refuses it, rank 0 prints one line and every rank exits with status 1."""
+        """work() on every rank. If any refuses it, all of them raise `AgreedError` with the first refusal."""
         result, problem = None, None
         try:
             result = work()
         except (UserError, OSError) as error:
             problem = str(error)
-        problems: list[str | None] = [problem] * self.world
+        problems = [problem] * self.world
         if self.world > 1:
             dist.all_gather_object(problems, problem)
-        refused = [f"{line} (rank {rank} of {self.world})" for rank, line in enumerate(problems) if line]
-        if refused:
-            self.fail(problem if problem else refused[0], show=self.rank == 0)
+        for rank, line in enumerate(problems):
+            if line:
+                raise AgreedError(line if problems == [line] * self.world else f"rank {rank}: {line}")
         return result
 
     def sum(self, values: Tensor) -> Tensor:
@@ -280,6 +286,20 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks: one reduction for each dtype."""
+        # dict.fromkeys keeps the order in which dtypes appear, the same on every rank; a set would not.
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors) if self.world > 1 else ():
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            joined = self.sum(torch.cat([tensor.flatten() for tensor in same])).div_(self.world)
+            for tensor, mean in zip(same, joined.split([tensor.numel() for tensor in same]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """The array on the device, without waiting for the copy where the device can overlap it."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def from_rank0(self, value: float) -> float:
         """Rank 0's `value`, on every rank: replicas that read their own clocks would drift apart."""
         box = torch.tensor(value, dtype=torch.float64, device="cpu")
@@ -287,9 +307,9 @@ class Runtime:
             dist.broadcast(box, src=0)
         return box.item()
 
-    def seconds(self) -> float:
-        """The clock, read when the device has done all that was asked of it."""
-        if self.device.type == "cuda":
+    def seconds(self, wait: bool = True) -> float:
+        """The clock, read when the device has done all that was asked of it unless told not to `wait`."""
+        if wait and self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -302,6 +322,34 @@ class Runtime:
     def wants_compile(self, choice: str) -> bool:
         """COMPILE=auto compiles on CUDA; on two CPU cores it costs more than it wins back (records/NOTES.md)."""
         return choice == "1" or (choice == "auto" and self.device.type == "cuda")
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what it frees: asking the kernel for every tensor anew costs up to a third of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
+    """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q.
+
+    CUDA has a flash kernel. The one for CPUs loses to plain bf16 matrix products, half of which a causal mask saves
+    when queries are taken in blocks that see the keys up to their own end (records/NOTES.md).
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    rows, (length, dim), share = q.size(0) * k.size(1), q.shape[2:], q.size(1) // k.size(1)
+    k, v = k.reshape(rows, length, dim), v.reshape(rows, length, dim)
+    out = []
+    for part in (q * dim**-0.5).view(rows, share, length, dim).split(block, dim=2):
+        begin, size = sum(o.size(2) for o in out), part.size(2)
+        future = torch.full((size, begin + size), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
+        keys, values = k[:, : begin + size], v[:, : begin + size]
+        scores = torch.baddbmm(future.repeat(share, 1), part.reshape(rows, -1, dim), keys.mT)
+        out.append((scores.softmax(-1) @ values).view(rows, share, size, dim))
+    return torch.cat(out, dim=2).view(q.shape)
 
 
 def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
@@ -320,9 +368,9 @@ def source_code() -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """What nvidia-smi, or the kernel, says about the hardware."""
+    """What CUDA, or the kernel, says about the hardware."""
     if device.type == "cuda":
-        return subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     cpu_info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*:\s*(.+)", cpu_info.read_text() if cpu_info.exists() else "")
     return f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
@@ -376,8 +424,8 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
 class TokenStream:
     """The training tokens of all shards in order, wrapping forever. Its whole state is `position`."""
 
-    def __init__(self, shards: list[np.ndarray], vocab_size: int) -> None:
-        self.shards, self.vocab_size, self.position = shards, vocab_size, 0
+    def __init__(self, shards: list[np.ndarray]) -> None:
+        self.shards, self.position = shards, 0
         self.ends = np.cumsum([len(shard) for shard in shards])
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -389,18 +437,16 @@ class TokenStream:
             offset = start - int(self.ends[shard]) + len(self.shards[shard])
             parts.append(self.shards[shard][offset : offset + count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
-        tokens = np.concatenate(parts).astype(np.int64)
-        check_ids(tokens, self.vocab_size, "training shards")
-        return tokens
+        return np.concatenate(parts).astype(np.int64)
 
     def next_batch(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the next micro-step, each (B, T).
 
-        A micro-step consumes (local + 1) * world tokens and rank r takes the r-th span, so the order of tokens depends
-        on the product of world size and GRAD_ACCUM_STEPS alone, which stays 8 by default.
+        A micro-step consumes (local + 1) * world tokens and rank r takes the r-th span. The order of tokens depends on
+        world size times GRAD_ACCUM_STEPS alone, which is 8 by default wherever the world size divides 8.
         """
         span = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps) + 1
-        tokens = torch.from_numpy(self.read(self.position + rt.rank * span, span)).to(rt.device)
+        tokens = rt.upload(self.read(self.position + rt.rank * span, span))
         self.position += span * rt.world
         return tokens[:-1].view(-1, cfg.train_seq_len), tokens[1:].view(-1, cfg.train_seq_len)
 
@@ -496,10 +542,10 @@ class Score:
 
     @classmethod
     def from_sums(cls, sums: Tensor, rt: Runtime) -> Score:
-        """From each rank's (3,) float64 sums of nats, tokens and bytes; counts stay exact below 2**53."""
-        nats, tokens, count = rt.sum(sums).tolist()
+        """From each rank's (3,) float64 sums of nats, tokens and bytes; `AgreedError` where there are no bytes."""
+        nats, tokens, count = rt.sum(sums).tolist()  # counts are exact below 2**53
         if not count:
-            raise UserError("validation shards: the scored tokens stand for 0 bytes; expected text in the documents")
+            raise AgreedError("validation shards: the scored tokens stand for 0 bytes; expected text in the documents")
         return cls(nats, int(tokens), int(count))
 
     @property
@@ -520,7 +566,7 @@ class Score:
 
 # The LoRA pair of each adapted projection by its name: A (B, R, in) and B (B, out, R). One not named has none.
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
-NONE: Adapters = {}
+NO_LORA: Adapters = {}
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -578,8 +624,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x, adapters).view(heads).transpose(1, 2) for proj in (self.c_q, self.c_k, self.c_v))
         q = (rotate(rms_norm(q.float()), cos, sin) * self.q_gain[:, None, None]).to(x.dtype)
         k = rotate(rms_norm(k.float()), cos, sin).to(x.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.proj(y.transpose(1, 2).reshape(x.shape), adapters)
+        return self.proj(causal_attention(q, k, v).transpose(1, 2).reshape(x.shape), adapters)
 
 
 class MLP(nn.Module):
@@ -644,7 +689,7 @@ class GPT(nn.Module):
         """The output matrix, (V, D): the embedding itself when tied."""
         return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids: Tensor, targets: Tensor, at: Tensor | None = None, adapters: Adapters = NONE) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, at: Tensor | None = None, adapters: Adapters = NO_LORA) -> Tensor:
         """Cross-entropy of each target in nats, always one per token: (B, S) fp32. Callers reduce.
 
         ids (B, T); targets (B, S) are the tokens that follow the positions `at` (B, S) of each row, or every position
@@ -717,13 +762,13 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.optim.Adam]:
     """(Muon, Adam), fresh. Every parameter belongs to exactly one group, and each group remembers its `base_lr`."""
-    matrices = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "resid_mix" not in name]
-    embed, head = model.tok_emb.weight, [] if model.lm_head is None else [model.lm_head.weight]
-    special = {id(p) for p in (*matrices, embed, *head)}
+    inside = list(model.blocks.named_parameters())
+    matrices = [p for name, p in inside if p.ndim == 2 and "resid_mix" not in name]
+    scalars = [p for name, p in inside if p.ndim < 2 or "resid_mix" in name]
     rates = (
-        ([embed], cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr),
-        ([p for p in model.parameters() if id(p) not in special], cfg.scalar_lr),
-        (head, cfg.head_lr),
+        ([model.tok_emb.weight], cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr),
+        ([*scalars, model.skip_weights], cfg.scalar_lr),
+        ([] if model.lm_head is None else [model.lm_head.weight], cfg.head_lr),
     )
     groups = [{"params": params, "lr": lr} for params, lr in rates if params]
     adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
@@ -753,7 +798,7 @@ def lr_scale(step: int, elapsed_ms: float, cfg: Config) -> float:
 
 def muon_momentum(step: int, cfg: Config) -> float:
     """Muon's momentum at `step`, counted from 0: a linear climb over its warm-up."""
-    way = min(step / max(cfg.muon_momentum_warmup_steps, 1), 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    way = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
     return (1 - way) * cfg.muon_momentum_warmup_start + way * cfg.muon_momentum
 
 
@@ -814,15 +859,22 @@ def serialize(content: Any) -> bytes:
 
 
 def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
-    """Rank 0 writes final_model.pt and the artifact, atomically, and logs their sizes. Returns the artifact's path."""
-    path = Path(cfg.out_dir) / "final_model.int8.ptz"
+    """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path.
+
+    They are called final_model.pt and final_model.int8.ptz; under EVAL_ONLY, which has a .pt already, only the artifact
+    is written, and called after it.
+    """
+    name = Path(cfg.model_path).stem if cfg.eval_only else "final_model"
+    path = Path(cfg.out_dir) / f"{name}.int8.ptz"
     if rt.rank != 0:
         return path
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    content, code = quantize_state(state), len(source_code().encode())
-    raw, quantized = serialize(state), serialize(content)
+    raw, code = serialize(state), len(source_code().encode())
+    if not cfg.eval_only:
+        write_atomically(path.with_name("final_model.pt"), raw)
+    content = quantize_state(state)
+    quantized = serialize(content)
     blob = zlib.compress(quantized, level=9)
-    write_atomically(path.with_name("final_model.pt"), raw)
     write_atomically(path, blob)
     held = [*content["quantized"].values(), *content["scales"].values(), *content["passthrough"].values()]
     before, after = (sum(tensor.nbytes for tensor in tensors) for tensors in (state.values(), held))
@@ -861,7 +913,7 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
         (vocab_size, dim), heads = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
         return replace(
             cfg, vocab_size=vocab_size, model_dim=dim, num_heads=heads, tie_embeddings="lm_head.weight" not in state,
-            num_kv_heads=len(state["blocks.0.attn.c_k.weight"]) * heads // dim,
+            num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
             num_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
             mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
         )  # fmt: skip
@@ -930,22 +982,36 @@ class DocumentAdapters:
 Forward = Callable[..., Tensor]  # GPT.forward, perhaps compiled
 
 
+@dataclass(frozen=True)
+class Condition:
+    """How documents are scored: chunks of `chunk` predictions in windows of `window` inputs, adapters that `learn`."""
+
+    chunk: int
+    window: int
+    learn: bool
+
+
+def flat_rows(cfg: Config, rt: Runtime) -> int:
+    """Rows of TRAIN_SEQ_LEN that a rank scores at once in the flat evaluation: its share of VAL_BATCH_SIZE."""
+    return max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len))
+
+
 @torch.no_grad()
-def evaluate_flat(forward: Forward, tokens: Tensor, table: ByteTable, cfg: Config, rt: Runtime) -> Score:
+def evaluate_flat(model: GPT, forward: Forward, docs: Documents, table: ByteTable, cfg: Config, rt: Runtime) -> Score:
     """Score the stream in rows of TRAIN_SEQ_LEN that do not overlap; context crosses documents. Rows go over ranks.
 
-    The tokens after the last whole row are not scored.
+    The tokens after the last whole row are not scored. `forward` sees batches of one shape only, since another would be
+    compiled anew; the last, smaller batch goes through `model`.
     """
-    length = cfg.train_seq_len
-    rows = (len(tokens) - 1) // length
-    inputs, targets = (tokens[shift : shift + rows * length].view(rows, length) for shift in (0, 1))
-    step = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * length))
+    length, step = cfg.train_seq_len, flat_rows(cfg, rt)
+    rows = (len(docs.tokens) - 1) // length
+    inputs, targets = (docs.tokens[shift : shift + rows * length].view(rows, length) for shift in (0, 1))
     sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
     last = rows * (rt.rank + 1) // rt.world
     for row in range(rows * rt.rank // rt.world, last, step):
         x, y = (part[row : min(row + step, last)].long() for part in (inputs, targets))
-        losses = forward(x, y)
-        sums += torch.stack((losses.double().sum(), torch.ones_like(losses).sum(), table.count(x, y).sum()))
+        losses = (forward if len(x) == step else model)(x, y).double()
+        sums += torch.stack((losses.sum(), torch.ones_like(losses).sum(), table.count(x, y).sum()))
     return Score.from_sums(sums, rt)
 
 
@@ -972,21 +1038,20 @@ class ChunkBatch:
 
 
 def gather_chunk(
-    docs: Documents, table: ByteTable, group: np.ndarray, rows: slice, c: int, chunk: int, window: int
+    docs: Documents, table: ByteTable, group: np.ndarray, rows: slice, c: int, how: Condition, rt: Runtime
 ) -> ChunkBatch:
     """Windows of chunk `c` of the documents group[rows] (indices into docs), each of which has such a chunk.
 
     A document of n predictions has its chunk c at predictions [cC, min((c+1)C, n)); they are made inside the window of
     inputs [max(0, end - W), end), where end is the chunk's end.
     """
-    starts, ends = docs.starts[group[rows]], np.minimum(docs.predictions[group[rows]], (c + 1) * chunk)
-    begins = np.maximum(ends - window, 0)
+    starts, ends = docs.starts[group[rows]], np.minimum(docs.predictions[group[rows]], (c + 1) * how.chunk)
+    begins = np.maximum(ends - how.window, 0)
     # Sizes are settled on the host, so that the device never has to be asked.
-    longest, widest = int((ends - begins).max()), int(ends.max()) - c * chunk
-    device = docs.tokens.device
-    start, begin, end = torch.from_numpy(np.stack((starts, begins, ends))).to(device)[:, :, None]
-    ids = docs.tokens[start + torch.minimum(begin + torch.arange(longest, device=device), end - 1)].long()
-    place = c * chunk + torch.arange(widest, device=device)[None, :]
+    longest, widest = int((ends - begins).max()), int(ends.max()) - c * how.chunk
+    start, begin, end = rt.upload(np.stack((starts, begins, ends)))[:, :, None]
+    ids = docs.tokens[start + torch.minimum(begin + torch.arange(longest, device=rt.device), end - 1)].long()
+    place = c * how.chunk + torch.arange(widest, device=rt.device)[None, :]
     live, place = place < end, torch.minimum(place, end - 1)
     previous, targets = (docs.tokens[start + place + shift].long() for shift in (0, 1))
     return ChunkBatch(rows, ids, place - begin, targets, live, table.count(previous, targets))
@@ -1000,7 +1065,7 @@ def score_then_learn(model: GPT, batch: ChunkBatch, adapters: DocumentAdapters |
     """
     with torch.set_grad_enabled(learn):
         flat = adapters.flat[batch.rows].detach().requires_grad_(learn) if adapters else None
-        losses = model(batch.ids, batch.targets, batch.at, adapters.pairs(flat) if adapters else NONE)
+        losses = model(batch.ids, batch.targets, batch.at, adapters.pairs(flat) if adapters else NO_LORA)
         if learn:
             # The sum keeps documents apart: no document's mean loss reaches another's row of `flat`.
             mean_losses = (losses * batch.live).sum(1) / batch.live.sum(1)
@@ -1009,17 +1074,17 @@ def score_then_learn(model: GPT, batch: ChunkBatch, adapters: DocumentAdapters |
 
 
 def evaluate_documents(
-    model: GPT, docs: Documents, table: ByteTable, cfg: Config, rt: Runtime, chunk: int, window: int, learn: bool
+    model: GPT, docs: Documents, table: ByteTable, how: Condition, cfg: Config, rt: Runtime
 ) -> Score:
     """Score every document by itself, chunk after chunk, each chunk inside its window of earlier tokens.
 
-    With `learn`, each document owns adapters that take one Adam step after each of its chunks but the last, whose
+    If `how.learn`, each document owns adapters that take one Adam step after each of its chunks but the last, whose
     lesson nobody would hear. Documents are shared over the ranks by chunks and run TTT_BATCH_SIZE at a time, longest
     first; one that has ended leaves the batch.
     """
-    chunks = -(-docs.predictions // chunk)
+    chunks = -(-docs.predictions // how.chunk)
     mine = share_documents(chunks, rt.world)[rt.rank]
-    adapters = DocumentAdapters(model, cfg, rt) if learn else None
+    adapters = DocumentAdapters(model, cfg, rt) if how.learn else None
     sums, done = torch.zeros(3, dtype=torch.float64, device=rt.device), 0
     model.requires_grad_(False)  # only adapters learn; spares the backward pass every weight gradient
     with rt.progress(int(chunks[mine].sum()), "evaluating") as bar:
@@ -1027,15 +1092,16 @@ def evaluate_documents(
             if adapters:
                 adapters.reset(len(group))
             for c in range(chunks[group].max(initial=0)):
-                # Longest first, so the documents still running are the first rows, and of those the ones with a next
-                # chunk are first again.
-                live, learners = (int((chunks[group] > c + ahead).sum()) for ahead in (0, 1))
-                for rows, more in ((slice(0, learners), True), (slice(learners, live), False)):
+                # Longest first: the documents still running are the first rows, and of those the first have a next
+                # chunk and learn; the others only score, without the cost of a backward pass.
+                live, more = (int((chunks[group] > c + ahead).sum()) for ahead in (0, 1))
+                learners = more if how.learn else 0
+                for rows in (slice(0, learners), slice(learners, live)):
                     if len(group[rows]):
-                        batch = gather_chunk(docs, table, group, rows, c, chunk, window)
-                        losses = score_then_learn(model, batch, adapters, learn and more)
+                        batch = gather_chunk(docs, table, group, rows, c, how, rt)
+                        losses = score_then_learn(model, batch, adapters, rows.stop == learners)
                         sums += torch.stack((losses.double(), batch.live, batch.bytes)).mul(batch.live).sum((1, 2))
-                done += live - learners
+                done += live - more
                 show_score(bar, live, done, sums)
     model.requires_grad_(True)
     return Score.from_sums(sums, rt)
@@ -1051,37 +1117,33 @@ def show_score(bar: tqdm, chunks: int, documents: int, sums: Tensor) -> None:
 
 
 def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Forward:
-    """The model's forward, compiled if COMPILE says so and the compiler manages; otherwise the model itself.
+    """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model itself.
 
-    Runs once forward and backward on zeros, so that neither the compiler's time nor its failure falls into training.
+    Runs on zeros what training and flat evaluation will run, so that neither the compiler's time nor its failure falls
+    into them.
     """
     if not rt.wants_compile(cfg.compile):
         return model
     rt.log("compile:started")
-    began = rt.seconds()
-    rows = max(1, cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len))
-    x = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
+    began, failure = rt.seconds(), ""
+    forward = torch.compile(model, dynamic=False, fullgraph=True)
+    rows = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len)
+    train, flat = (
+        torch.zeros(n, cfg.train_seq_len, dtype=torch.int64, device=rt.device) for n in (rows, flat_rows(cfg, rt))
+    )
     try:
-        forward = torch.compile(model, dynamic=False, fullgraph=True)
-        forward(x, x).mean().backward()
+        if not cfg.eval_only:
+            forward(train, train).mean().backward()
+        with torch.no_grad():
+            forward(flat, flat)
     except Exception as error:  # no C++ compiler, an unsupported operator: eager prints the same numbers, later
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        rt.log(f"compile:failed ({reason}); running eager")
+        failure = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+    model.zero_grad(set_to_none=True)
+    if rt.sum(torch.tensor(float(bool(failure)), device=rt.device)).item():
+        rt.log(f"compile:failed ({failure or 'on another rank'}); running eager")
         return model
-    finally:
-        model.zero_grad(set_to_none=True)
     rt.log(f"compile:done time:{rt.seconds() - began:.1f}s")
     return forward
-
-
-def average_gradients(model: GPT, rt: Runtime) -> None:
-    """Replace every gradient by its mean over the ranks: one all-reduce per dtype."""
-    dtypes = dict.fromkeys(p.dtype for p in model.parameters())  # in the same order on every rank, unlike a set
-    for dtype in dtypes if rt.world > 1 else ():
-        grads = [p.grad for p in model.parameters() if p.dtype == dtype]
-        joined = rt.sum(torch.cat([grad.flatten() for grad in grads])).div_(rt.world)
-        for grad, mean in zip(grads, joined.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(mean.view_as(grad))
 
 
 class Trainer:
@@ -1099,7 +1161,7 @@ class Trainer:
             loss = self.forward(*self.stream.next_batch(cfg, self.rt)).mean() / cfg.grad_accum_steps
             loss.backward()
             total += loss.detach()
-        average_gradients(self.model, self.rt)
+        self.rt.average([p.grad for p in self.model.parameters() if p.grad is not None])  # one layer: no skip weights
         if cfg.grad_clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip_norm)
         scale = lr_scale(self.step, self.elapsed_ms, cfg)
@@ -1143,24 +1205,22 @@ class Trainer:
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
-    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS. Validation is outside the training clock."""
+    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS, validating on the way; validation is outside the clock."""
     cfg, rt = trainer.cfg, trainer.rt
     trainer.warm_up()
     trainer.mark = rt.seconds()
     with rt.progress(1.0, "training") as bar:
-        while True:
-            last = trainer.finished()
-            if last or (cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0):
+        while not trainer.finished():
+            if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 trainer.tick(rt.seconds())
                 trainer.report(str(validate()))
                 trainer.mark = rt.seconds()
-            if last:
-                break
             loss = trainer.train_step()
-            trainer.tick(time.perf_counter())
+            trainer.tick(rt.seconds(wait=False))
             if cfg.train_log_every and (trainer.step <= 10 or trainer.step % cfg.train_log_every == 0):
                 trainer.report(f"train_loss:{rt.sum(loss).item() / rt.world:.4f}")
             trainer.show_pace(bar)
+    trainer.tick(rt.seconds())
     if trainer.step < cfg.iterations:
         time_and_step = f"train_time:{trainer.elapsed_ms:.0f}ms step:{trainer.step}/{cfg.iterations}"
         rt.log(f"stopping_early: wallclock_cap {time_and_step}")
@@ -1175,7 +1235,7 @@ class Inputs:
 
     cfg: Config  # with the model shape of MODEL_PATH, where that is given
     weights: dict[str, Tensor] | None
-    stream: TokenStream | None
+    stream: TokenStream  # empty under EVAL_ONLY
     table: ByteTable
     docs: Documents
 
@@ -1186,15 +1246,18 @@ def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
     if weights is not None:
         cfg = shape_from_weights(weights, cfg, cfg.model_path)
         check_config(cfg, rt.world)
-    stream = None if cfg.eval_only else TokenStream(open_shards(cfg.data_path, "fineweb_train_*.bin"), cfg.vocab_size)
-    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
     val = np.concatenate(open_shards(cfg.data_path, "fineweb_val_*.bin"))
-    check_ids(val, cfg.vocab_size, "validation shards")
+    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    for shard in (val, *train[rt.rank :: rt.world]):  # the ranks share the reading
+        check_ids(shard, cfg.vocab_size, cfg.data_path)
     docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, rt.device)
     if (found := len(docs.tokens)) <= cfg.train_seq_len:
-        raise UserError(f"validation shards: {found} tokens, expected more than TRAIN_SEQ_LEN={cfg.train_seq_len}")
-    docs.excluded["flat_tail"] = (found - 1) % cfg.train_seq_len
-    return Inputs(cfg, weights, stream, ByteTable.build(tokenizer, rt.device), docs)
+        raise UserError(
+            f"validation: {found} tokens, expected more than TRAIN_SEQ_LEN={cfg.train_seq_len} for one row of the flat"
+            " evaluation; lower TRAIN_SEQ_LEN, raise MAX_VAL_DOCS or add text"
+        )
+    return Inputs(cfg, weights, TokenStream(train), ByteTable.build(tokenizer, rt.device), docs)
 
 
 def score_artifact(model: GPT, forward: Forward, path: Path, inputs: Inputs, rt: Runtime) -> None:
@@ -1202,11 +1265,12 @@ def score_artifact(model: GPT, forward: Forward, path: Path, inputs: Inputs, rt:
     cfg, docs, table = inputs.cfg, inputs.docs, inputs.table
     rt.together(lambda: load_weights(model, read_weights(path), path))
     began = rt.seconds()
-    score = evaluate_flat(forward, docs.tokens, table, cfg, rt)
+    score = evaluate_flat(model, forward, docs, table, cfg, rt)
     rt.log(f"final_int8_zlib_roundtrip {score} eval_time:{1000 * (rt.seconds() - began):.0f}ms")
     rt.log(f"final_int8_zlib_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     began = rt.seconds()
-    score = evaluate_documents(model, docs, table, cfg, rt, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, learn=True)
+    ttt = Condition(cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, learn=True)
+    score = evaluate_documents(model, docs, table, ttt, cfg, rt)
     rt.log(f"final_int8_ttt_lora {score} eval_time:{1000 * (rt.seconds() - began):.0f}ms")
 
 
@@ -1214,8 +1278,9 @@ def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
     inputs = rt.together(lambda: load_inputs(cfg, rt))
     cfg, docs = inputs.cfg, inputs.docs
-    excluded = " ".join(f"{reason}:{count}" for reason, count in docs.excluded.items())
-    rt.log(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()} excluded {excluded}")
+    left_out = docs.excluded | {"flat_tail": (len(docs.tokens) - 1) % cfg.train_seq_len}
+    counts = " ".join(f"{reason}:{count}" for reason, count in left_out.items())
+    rt.log(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()} excluded {counts}")
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.dtype).to(rt.device)
     if inputs.weights is not None:
@@ -1224,12 +1289,14 @@ def run(cfg: Config, rt: Runtime) -> None:
     shape = " ".join(f"{name}:{getattr(cfg, name)}" for name in names)
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")
     forward = compile_forward(model, cfg, rt)
-    if inputs.stream is not None:
-        trainer = Trainer(model, forward, inputs.stream, cfg, rt)
-        train(trainer, lambda: evaluate_flat(forward, docs.tokens, inputs.table, cfg, rt))
     artifact = Path(cfg.model_path)
+    if not cfg.eval_only:
+        trainer = Trainer(model, forward, inputs.stream, cfg, rt)
+        train(trainer, lambda: evaluate_flat(model, forward, docs, inputs.table, cfg, rt))
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
         artifact = rt.together(lambda: export(model, cfg, rt))
+    if not cfg.eval_only:
+        trainer.report(str(evaluate_flat(model, forward, docs, inputs.table, cfg, rt)))
     score_artifact(model, forward, artifact, inputs, rt)
 
 
@@ -1241,10 +1308,10 @@ def main() -> int:
         rt = Runtime.create(cfg, os.environ)
         run(cfg, rt)
     except (UserError, OSError) as error:
-        if rt is not None:
-            rt.fail(str(error))
-        if os.environ.get("RANK", "0") == "0":  # settings are as wrong on every other rank
-            print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, AgreedError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if rt is not None and not isinstance(error, OSError):  # a full disk takes no last line
+            rt.log(f"error: {error}", console=False)
         return 1
     finally:
         if dist.is_initialized():

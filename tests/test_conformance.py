@@ -18,7 +18,7 @@ def artifact():
     """(model, documents, byte table, config, runtime): the published artifact as the script loads it, in bf16."""
     env = {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE), "TRAIN_SEQ_LEN": "512",
            "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"), "EVAL_ONLY": "1",
-           "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}  # fmt: skip
+           "DTYPE": "bfloat16", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}  # fmt: skip
     rt = tg.Runtime(CPU, torch.bfloat16)
     inputs = tg.load_inputs(tg.read_config(env), rt)
     model = tg.GPT(inputs.cfg, rt.dtype)
@@ -35,7 +35,7 @@ def test_counts(artifact):
 
 def test_flat(artifact):
     model, docs, table, cfg, rt = artifact
-    score = tg.evaluate_flat(model, docs.tokens, table, cfg, rt)
+    score = tg.evaluate_flat(model, model, docs, table, cfg, rt)
     assert score.bpb == pytest.approx(SCORES["flat_seq_len_512"][0][1], abs=0.0015)
 
 
@@ -45,7 +45,7 @@ def test_flat(artifact):
 )
 def test_documents(artifact, name, chunk, learn, tolerance):
     model, docs, table, cfg, rt = artifact
-    score = tg.evaluate_documents(model, docs, table, cfg, rt, chunk, 1024, learn)
+    score = tg.evaluate_documents(model, docs, table, tg.Condition(chunk, 1024, learn), cfg, rt)
     draws = SCORES[name]
     assert score.bpb == pytest.approx(sum(bpb for _, bpb in draws) / len(draws), abs=tolerance)
     assert score.loss == pytest.approx(sum(loss for loss, _ in draws) / len(draws), abs=2 * tolerance)
@@ -55,8 +55,8 @@ def test_training(tmp_path):
     """120 steps from the given weights, run as a user runs them."""
     training = EXPECTED["training"]
     env = {name: str(value) for name, value in training["env"].items()}
-    env |= {"MODEL_PATH": str(CONFORMANCE / "init.pt"), "TRAIN_LOG_EVERY": "1", "MAX_VAL_DOCS": None, "COMPILE": "0"}
-    env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"]), "OMP_NUM_THREADS": "2"}
+    env |= {"MODEL_PATH": str(CONFORMANCE / "init.pt"), "TRAIN_LOG_EVERY": "1", "MAX_VAL_DOCS": None}
+    env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"]), "OMP_NUM_THREADS": "2", "DTYPE": "bfloat16"}
     done = run_script(tmp_path, **env)
     assert done.returncode == 0, done.stderr
     losses = [float(value) for value in re.findall(r"train_loss:([\d.]+)", done.stdout)]

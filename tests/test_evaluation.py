@@ -14,7 +14,7 @@ LENGTHS = [2, 3, C, C + 1, C + 2, W, W + 1, W + 2, 5 * C + 7]
 
 
 def score(model, docs, cfg, rt, chunk=C, window=W, learn=True):
-    return tg.evaluate_documents(model, docs, tiny_table(96), cfg, rt, chunk, window, learn)
+    return tg.evaluate_documents(model, docs, tiny_table(96), tg.Condition(chunk, window, learn), cfg, rt)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def brute_force(length, chunk, window):
 
 
 @pytest.mark.parametrize(("chunk", "window"), [(C, W), (W, W), (C, C), (1, 5)])
-def test_each_position_is_scored_once_in_its_window(chunk, window):
+def test_each_position_is_scored_once_in_its_window(rt, chunk, window):
     """All lengths in one batch; tokens are their own positions, so a gathered window shows where it came from."""
     stream = np.arange(sum(LENGTHS))
     starts = np.cumsum([0, *LENGTHS[:-1]])
@@ -56,7 +56,7 @@ def test_each_position_is_scored_once_in_its_window(chunk, window):
     chunks = -(-docs.predictions // chunk)
     for c in range(chunks.max()):
         group = np.flatnonzero(chunks > c)
-        batch = tg.gather_chunk(docs, table, group, slice(None), c, chunk, window)
+        batch = tg.gather_chunk(docs, table, group, slice(None), c, tg.Condition(chunk, window, False), rt)
         for row, document in enumerate(group):
             for ids, at, target, count in zip(
                 batch.ids[row].expand(batch.at.shape[1], -1)[batch.live[row]],
@@ -177,9 +177,9 @@ def scores_by_position(model, docs, cfg, rt):
     groups, original_gather, original_score = [], tg.gather_chunk, tg.score_then_learn
     out = [np.full(n, np.nan) for n in docs.predictions]
 
-    def gather(docs, table, group, rows, c, chunk, window):
+    def gather(docs, table, group, rows, c, how, rt):
         groups.append((group[rows], c))
-        return original_gather(docs, table, group, rows, c, chunk, window)
+        return original_gather(docs, table, group, rows, c, how, rt)
 
     def record(model, batch, adapters, learn):
         losses = original_score(model, batch, adapters, learn)
@@ -261,7 +261,7 @@ def test_the_model_itself_is_left_as_it_was(rt):
 def test_flat_scores_whole_rows_of_the_stream(rt, val_batch_size):
     cfg = tiny_config(val_batch_size=val_batch_size)
     model, docs = tiny_model(cfg, rt), tiny_documents([150, 90])
-    result = tg.evaluate_flat(model, docs.tokens, tiny_table(96), cfg, rt)
+    result = tg.evaluate_flat(model, model, docs, tiny_table(96), cfg, rt)
     stream = docs.tokens.long()
     nats = sum(model(stream[None, r : r + 32], stream[None, r + 1 : r + 33]).sum().item() for r in range(0, 224, 32))
     count = int(tiny_table(96).count(stream[:224], stream[1:225]).sum())
@@ -273,10 +273,10 @@ def test_flat_scores_whole_rows_of_the_stream(rt, val_batch_size):
 def test_flat_rows_are_shared_over_ranks(rt, monkeypatch, world):
     cfg = tiny_config()
     model, docs = tiny_model(cfg, rt), tiny_documents([150, 90])
-    alone = tg.evaluate_flat(model, docs.tokens, tiny_table(96), cfg, rt)
+    alone = tg.evaluate_flat(model, model, docs, tiny_table(96), cfg, rt)
     parts = []
     monkeypatch.setattr(tg.Score, "from_sums", classmethod(lambda cls, sums, rt: parts.append(sums)))
     for rank in range(world):
         ranked = tg.Runtime(rt.device, rt.dtype, rank=rank, world=world)
-        tg.evaluate_flat(model, docs.tokens, tiny_table(96), cfg, ranked)
+        tg.evaluate_flat(model, model, docs, tiny_table(96), cfg, ranked)
     assert sum(parts).tolist() == [pytest.approx(alone.nats, rel=1e-6), alone.tokens, alone.bytes]

@@ -49,6 +49,8 @@ def test_lines_that_tools_read(runs, ranks):
     for line in LINES:
         assert len(re.findall(rf"^{line}$", done.stdout, re.M)) == 1, line
     assert "partial" not in done.stdout
+    counts = "val_documents:30 predictions:13688 excluded before_first_bos:0 documents_of_one_token:0 flat_tail:120"
+    assert counts in done.stdout.splitlines()
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
         "final_model.int8.ptz", "final_model.pt", "logs/test.txt"]  # fmt: skip
 
@@ -89,13 +91,13 @@ def test_evaluating_a_published_artifact_needs_no_shape_and_no_training_shards(t
     done = run_script(tmp_path, **EVAL_ARTIFACT, DATA_PATH=str(data))
     assert final(done, "final_int8_zlib_roundtrip") > 2
     assert "num_layers:3 model_dim:128 num_heads:2 num_kv_heads:1" in done.stdout
-    assert not list(tmp_path.glob("final_model*"))  # the artifact is read where it lies
+    assert not list(tmp_path.glob("*.p*"))  # the artifact is read where it lies
 
 
 def test_a_plain_state_dict_is_made_an_artifact_before_it_is_scored(tmp_path):
     settings = EVAL_ARTIFACT | {"MODEL_PATH": str(CONFORMANCE / "init.pt")}
     assert final(run_script(tmp_path, **settings)) > 2
-    assert (tmp_path / "final_model.int8.ptz").exists()
+    assert [path.name for path in tmp_path.glob("*.p*")] == ["init.int8.ptz"]  # no other run's file is touched
 
 
 def test_every_printed_line_of_a_partial_run_says_so(tmp_path):
@@ -139,17 +141,42 @@ def test_bad_files_fail_in_one_line_before_anything_is_trained(tmp_path, ranks):
 
 
 def test_one_rank_that_refuses_stops_the_others_with_its_line(tmp_path):
-    """A token id that only the second rank reads."""
+    """A token id in the shard that the second rank checks."""
     data = tmp_path / "data"
     data.mkdir()
-    (data / "fineweb_val_000000.bin").symlink_to(CONFORMANCE / "fineweb_val_000000.bin")
-    tokens = [1, 5, 6, 7] * 5000
-    tokens[513 + 100] = 60000  # micro-step 0 gives tokens 0..1024 to rank 0 and the next 1025 to rank 1
-    tokens[1025 + 100], tokens[613] = 60000, 5
-    write_shard(data / "fineweb_train_000000.bin", tokens)
+    for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin"):
+        (data / name).symlink_to(CONFORMANCE / name)
+    write_shard(data / "fineweb_train_000001.bin", [1, 60000, 5])
     done = run_script(tmp_path, 2, DATA_PATH=str(data))
-    assert done.returncode != 0
-    assert "error: training shards: token id 60000, expected ids below 1024" in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1
+    assert errors[0].startswith("error: rank 1: ") and "token id 60000, expected ids below 1024" in errors[0]
+
+
+def test_a_finished_training_is_saved_before_it_is_evaluated(runs):
+    lines = runs[1][0].stdout.splitlines()
+    saved = next(i for i, line in enumerate(lines) if line.startswith("Total submission size int8+zlib"))
+    assert saved < next(i for i, line in enumerate(lines) if "val_loss" in line)
+
+
+def test_wallclock_cap_with_two_ranks(tmp_path):
+    """Both ranks stop at the same step, by rank 0's clock."""
+    done = run_script(tmp_path, 2, ITERATIONS="100000", MAX_WALLCLOCK_SECONDS="2", WARMDOWN_ITERS="5")
+    assert final(done) > 0
+    step = re.search(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000 partial$", done.stdout, re.M)
+    assert int(step[1]) >= 2000 and int(step[2]) > 1
+    assert f"step:{step[2]}/100000 val_loss:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"NUM_LAYERS": "1"},  # no skip weights
+        {"TIE_EMBEDDINGS": "0", "MAX_VAL_DOCS": "1", "TRAIN_SEQ_LEN": "64"},  # one document for two ranks
+    ],
+)
+def test_unusual_shapes_run_on_two_ranks(tmp_path, settings):
+    assert final(run_script(tmp_path, 2, ITERATIONS="2", **settings)) > 0
 
 
 def test_compiled_and_eager_print_the_same_scores(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CONFORMANCE, CPU, ROOT, TINY_RUN, run_script, tiny_config
+from conftest import CONFORMANCE, ROOT, TINY_RUN, run_script, tiny_config
 
 import train_gpt as tg
 
@@ -63,7 +63,7 @@ def test_dtype_is_what_the_processor_can_do(monkeypatch, flags, expected):
 def test_cuda_without_a_gpu_is_refused_in_one_line(tmp_path):
     done = run_script(tmp_path, DEVICE="cuda")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines() == ["error: DEVICE=cuda: rank 0 needs GPU 0, found 0; start fewer or use cpu"]
+    assert done.stderr.splitlines() == ["error: DEVICE=cuda: 1 ranks on this machine, found 0 GPUs; start fewer ranks"]
 
 
 def test_log_file_holds_source_versions_and_everything_printed(tmp_path):
@@ -79,14 +79,39 @@ def test_log_file_holds_source_versions_and_everything_printed(tmp_path):
 EVAL = {"EVAL_ONLY": "1", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}
 
 
-def test_a_refusal_ends_the_log(tmp_path, capsys):
-    rt = tg.Runtime(CPU, torch.float32, log_path=tmp_path / "log.txt")
-
+def test_a_refusal_is_raised_as_one_line(rt):
     def refuse():
         raise tg.UserError("thing: found this, expected that")
 
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(tg.AgreedError, match=r"^thing: found this, expected that$"):
         rt.together(refuse)
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err == "error: thing: found this, expected that\n"
-    assert (tmp_path / "log.txt").read_text() == "error: thing: found this, expected that\n"
+    assert rt.together(lambda: 5) == 5
+
+
+def test_an_unwritable_out_dir_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    done = run_script(tmp_path, 2, OUT_DIR=str(tmp_path / "file"))
+    assert done.returncode != 0 and done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Not a directory" in errors[0] and "Traceback" not in done.stderr.split("torchrun")[0]
+
+
+def test_average_of_one_rank_changes_nothing(rt):
+    tensors = [torch.ones(2), torch.full((3,), 2.0, dtype=torch.bfloat16)]
+    rt.average(tensors)
+    assert tensors[0].tolist() == [1, 1] and tensors[1].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("length", [1, 7, 256, 257, 600])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_equals_torch_s(length, kv_heads):
+    """Values and gradients, below, at and beyond the block of 256 queries."""
+    torch.manual_seed(0)
+    shapes = (2, 4, length, 16), (2, kv_heads, length, 16), (2, kv_heads, length, 16)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weight = torch.randn(shapes[0], dtype=torch.float64)
+    ours = tg.causal_attention(*inputs)
+    torchs = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, torchs, atol=1e-10, rtol=1e-10)
+    grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, torchs)]
+    torch.testing.assert_close(*grads, atol=1e-10, rtol=1e-10)

@@ -15,7 +15,7 @@ def make_trainer(cfg, rt, tokens=None, seed=0):
     torch.manual_seed(seed)
     tokens = torch.randint(4, 96, (5000,)).numpy().astype("uint16") if tokens is None else tokens
     model = tiny_model(cfg, rt)
-    return tg.Trainer(model, model, tg.TokenStream([tokens], cfg.vocab_size), cfg, rt)
+    return tg.Trainer(model, model, tg.TokenStream([tokens]), cfg, rt)
 
 
 def test_ten_golden_steps(rt):
@@ -25,7 +25,7 @@ def test_ten_golden_steps(rt):
     state = tg.read_weights(CONFORMANCE / "init.pt")
     model = tg.GPT(tg.shape_from_weights(state, cfg, "init.pt"), rt.dtype)
     tg.load_weights(model, state, "init.pt")
-    stream = tg.TokenStream(tg.open_shards(str(CONFORMANCE), "fineweb_train_*.bin"), 1024)
+    stream = tg.TokenStream(tg.open_shards(str(CONFORMANCE), "fineweb_train_*.bin"))
     trainer = tg.Trainer(model, model, stream, cfg, rt)
     losses = [trainer.train_step().item() for _ in range(10)]
     assert losses == pytest.approx(GOLDEN["train_loss"], abs=GOLDEN["tolerance"])
@@ -113,18 +113,28 @@ def test_log_lines_to_the_character(rt, monkeypatch, capsys, tmp_path):
     cfg = tiny_config(iterations=14, val_loss_every=7, train_log_every=6)
     _, lines = run_train(cfg, rt, monkeypatch, capsys, tmp_path)
     steps = [int(line.split("/")[0].removeprefix("step:")) for line in lines]
-    assert steps == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 12, 14]
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 12]
     assert lines[0] == "step:0/14 val_loss:2.0000 val_bpb:0.7213 train_time:1000ms step_avg:1000.00ms"
     assert lines[1].startswith("step:1/14 train_loss:") and lines[1].endswith("train_time:2000ms step_avg:2000.00ms")
-    assert lines[-1].startswith("step:14/14 val_loss:2.0000 val_bpb:0.7213 train_time:17000ms")
+    assert lines[8].startswith("step:7/14 val_loss:2.0000 val_bpb:0.7213 train_time:")
 
 
 def test_wallclock_cap_stops_and_says_so(rt, monkeypatch, capsys, tmp_path):
     cfg = tiny_config(iterations=1000, max_wallclock_seconds=5.0, val_loss_every=0, train_log_every=0)
     trainer, lines = run_train(cfg, rt, monkeypatch, capsys, tmp_path)
     assert trainer.step == 5
-    assert lines[-1] == "stopping_early: wallclock_cap train_time:6000ms step:5/1000"
-    assert lines[-2].startswith("step:5/1000 val_loss:2.0000")
+    assert lines == ["stopping_early: wallclock_cap train_time:6000ms step:5/1000"]
+
+
+def test_every_rank_follows_rank_0_s_clock(rt, monkeypatch):
+    """Half of the warm-down is over by rank 0's clock, whatever this rank's own says."""
+    trainer = make_trainer(tiny_config(max_wallclock_seconds=10.0, warmdown_iters=100), rt)
+    monkeypatch.setattr(rt, "from_rank0", lambda value: 5000.0)
+    trainer.train_step()
+    trainer.tick(now=123.0)
+    assert trainer.elapsed_ms == 5000.0
+    trainer.train_step()
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.04 * 5000 / (100 * 5000))
 
 
 def test_validation_is_outside_the_training_clock(rt, monkeypatch, capsys, tmp_path):

@@ -1,0 +1,28 @@
+"""The README cannot disagree with the program."""
+
+import dataclasses
+
+from conftest import ROOT
+
+import train_gpt as tg
+
+
+def shown(value):
+    return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_settings_table_is_the_program_s():
+    text = (ROOT / "README.md").read_text()
+    table = text.split("<!-- settings -->\n")[1].split("<!-- end of settings -->")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    cpu = tg.PRESETS["cpu"]
+    assert rows == [
+        [f"`{f.name.upper()}`", shown(f.default), shown(cpu[f.name]) if f.name in cpu else "", f.metadata["unit"]]
+        for f in dataclasses.fields(tg.Config)
+    ]
+
+
+def test_every_file_named_in_the_map_exists():
+    for name in ("train_gpt.py", "data/README.md", "records/README.md", "records/NOTES.md", "tests/conformance",
+                 "Makefile", ".ci/run", "requirements.txt", "requirements-dev.txt", "LICENSE"):  # fmt: skip
+        assert (ROOT / name).exists(), name
