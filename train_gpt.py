@@ -134,9 +134,11 @@ class Config:
 # Overrides of the defaults above. `cpu` was chosen by measurement on two cores; records/NOTES.md has the tries.
 PRESETS: dict[str, dict[str, Any]] = {
     "baseline": {},
-    "cpu": dict(data_path="./data/demo", tokenizer_path="./data/demo/tokenizer.model", num_layers=4, model_dim=256,
-                num_heads=4, num_kv_heads=2, train_batch_tokens=16384, train_seq_len=512, max_wallclock_seconds=170.0,
-                warmup_steps=1, warmdown_iters=60, val_loss_every=0, train_log_every=20, muon_momentum_warmup_steps=60),
+    "cpu": dict(data_path="./data/demo", tokenizer_path="./data/demo/tokenizer.model", max_wallclock_seconds=175.0,
+                num_layers=4, model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096,
+                grad_accum_steps=1, val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03,
+                warmup_steps=1, warmdown_iters=500, muon_momentum_warmup_steps=60, val_loss_every=0,
+                train_log_every=50, ttt_eval_seq_len=512),
 }  # fmt: skip
 
 
