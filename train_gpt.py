@@ -1002,17 +1002,17 @@ def flat_rows(cfg: Config, rt: Runtime) -> int:
 def evaluate_flat(model: GPT, forward: Forward, docs: Documents, table: ByteTable, cfg: Config, rt: Runtime) -> Score:
     """Score the stream in rows of TRAIN_SEQ_LEN that do not overlap; context crosses documents. Rows go over ranks.
 
-    The tokens after the last whole row are not scored. `forward` sees batches of one shape only, since another would be
-    compiled anew; the last, smaller batch goes through `model`.
+    The tokens after the last whole row are not scored, but a stream shorter than one row is a row of its own. `forward`
+    sees batches of one shape only, since another would be compiled anew; a smaller one goes through `model`.
     """
-    length, step = cfg.train_seq_len, flat_rows(cfg, rt)
+    length, step = min(cfg.train_seq_len, len(docs.tokens) - 1), flat_rows(cfg, rt)
     rows = (len(docs.tokens) - 1) // length
     inputs, targets = (docs.tokens[shift : shift + rows * length].view(rows, length) for shift in (0, 1))
     sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
     last = rows * (rt.rank + 1) // rt.world
     for row in range(rows * rt.rank // rt.world, last, step):
         x, y = (part[row : min(row + step, last)].long() for part in (inputs, targets))
-        losses = (forward if len(x) == step else model)(x, y).double()
+        losses = (forward if x.shape == (step, cfg.train_seq_len) else model)(x, y).double()
         sums += torch.stack((losses.sum(), torch.ones_like(losses).sum(), table.count(x, y).sum()))
     return Score.from_sums(sums, rt)
 
@@ -1254,11 +1254,6 @@ def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
     for shard in (val, *train[rt.rank :: rt.world]):  # the ranks share the reading
         check_ids(shard, cfg.vocab_size, cfg.data_path)
     docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, rt.device)
-    if (found := len(docs.tokens)) <= cfg.train_seq_len:
-        raise UserError(
-            f"validation: {found} tokens, expected more than TRAIN_SEQ_LEN={cfg.train_seq_len} for one row of the flat"
-            " evaluation; lower TRAIN_SEQ_LEN, raise MAX_VAL_DOCS or add text"
-        )
     return Inputs(cfg, weights, TokenStream(train), ByteTable.build(tokenizer, rt.device), docs)
 
 
@@ -1280,7 +1275,8 @@ def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
     inputs = rt.together(lambda: load_inputs(cfg, rt))
     cfg, docs = inputs.cfg, inputs.docs
-    left_out = docs.excluded | {"flat_tail": (len(docs.tokens) - 1) % cfg.train_seq_len}
+    scorable = len(docs.tokens) - 1
+    left_out = docs.excluded | {"flat_tail": scorable % min(cfg.train_seq_len, scorable)}
     counts = " ".join(f"{reason}:{count}" for reason, count in left_out.items())
     rt.log(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()} excluded {counts}")
     torch.manual_seed(cfg.seed)

@@ -44,8 +44,8 @@ def test_presets_only_name_settings_that_exist():
 
 @pytest.mark.parametrize(("world", "accum"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 1), (16, 1)])
 def test_micro_steps_keep_the_batch_whole(world, accum):
-    cfg = tg.read_config({"DEVICE": "cpu", "WORLD_SIZE": str(world), "TRAIN_BATCH_TOKENS": str(48 * 1024),
-                          "TRAIN_SEQ_LEN": "1024"})  # fmt: skip
+    env = {"PRESET": "baseline", "DEVICE": "cpu", "WORLD_SIZE": str(world), "TRAIN_BATCH_TOKENS": str(48 * 1024)}
+    cfg = tg.read_config(env)
     assert cfg.grad_accum_steps == accum
 
 

@@ -134,11 +134,6 @@ def test_training_ids_are_checked_to_the_last_shard(rt, tmp_path):
         load(rt, tmp_path, [1, 5] * 500, train=[1, 1024])
 
 
-def test_validation_shorter_than_a_row_is_refused(rt, tmp_path):
-    with pytest.raises(tg.UserError, match="128 tokens, expected more than TRAIN_SEQ_LEN=128"):
-        load(rt, tmp_path, [1, 5] * 64, MAX_VAL_DOCS="0")
-
-
 def test_eval_only_needs_no_training_shards(rt, tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5] * 150)
     artifact = str(CONFORMANCE / "final_model.int8.ptz")

@@ -269,6 +269,15 @@ def test_flat_scores_whole_rows_of_the_stream(rt, val_batch_size):
     assert result.nats == pytest.approx(nats, rel=1e-6)
 
 
+def test_a_stream_shorter_than_a_row_is_one_row(rt):
+    cfg = tiny_config()
+    model, docs = tiny_model(cfg, rt), tiny_documents([20])
+    result = tg.evaluate_flat(model, model, docs, tiny_table(96), cfg, rt)
+    stream = docs.tokens.long()
+    assert result.tokens == 19
+    assert result.nats == pytest.approx(model(stream[None, :-1], stream[None, 1:]).sum().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("world", [2, 5, 9])
 def test_flat_rows_are_shared_over_ranks(rt, monkeypatch, world):
     cfg = tiny_config()

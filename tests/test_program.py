@@ -1,10 +1,13 @@
 """The script as its users run it: real processes, real ranks, real files."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -136,7 +139,7 @@ def test_bad_files_fail_in_one_line_before_anything_is_trained(tmp_path, ranks):
     done = run_script(tmp_path, ranks, DATA_PATH=str(data))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1
-    assert "fineweb_train_000001.bin: found 3022 bytes" in errors[0] and "Traceback" not in done.stderr
+    assert "fineweb_train_000001.bin: found 3022 bytes" in errors[0] and 'train_gpt.py", line' not in done.stderr
     assert "step:" not in done.stdout and errors[0] in (tmp_path / "logs" / "test.txt").read_text()
 
 
@@ -172,7 +175,7 @@ def test_wallclock_cap_with_two_ranks(tmp_path):
     "settings",
     [
         {"NUM_LAYERS": "1"},  # no skip weights
-        {"TIE_EMBEDDINGS": "0", "MAX_VAL_DOCS": "1", "TRAIN_SEQ_LEN": "64"},  # one document for two ranks
+        {"TIE_EMBEDDINGS": "0", "MAX_VAL_DOCS": "1"},  # one document, shorter than a row, for two ranks
     ],
 )
 def test_unusual_shapes_run_on_two_ranks(tmp_path, settings):
@@ -184,7 +187,7 @@ def test_compiled_and_eager_print_the_same_scores(tmp_path):
     eager = run_script(tmp_path, **settings, COMPILE="0")
     compiled = run_script(tmp_path, **settings, COMPILE="1")
     assert re.search(r"^compile:done time:[\d.]+s", compiled.stdout, re.M)
-    assert "compile" not in eager.stdout
+    assert "compile:" not in eager.stdout
     name = "final_int8_zlib_roundtrip"
     assert final(compiled, name) == pytest.approx(final(eager, name), abs=1.5e-3)
 
@@ -201,6 +204,7 @@ def test_progress_is_for_people(tmp_path):
     """Bars appear on a terminal only; neither pipes nor the log file ever hold one."""
     env = os.environ | TINY_RUN | {"OUT_DIR": str(tmp_path), "RUN_ID": "test", "ITERATIONS": "12"}
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # a bar needs a width
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=slave, text=True)
     os.close(slave)
