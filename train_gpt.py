@@ -29,8 +29,8 @@ R adapter rank, V vocabulary, P adapter numbers of one document. Losses are in n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import heapq
 import io
 import math
 import os
@@ -92,7 +92,7 @@ class Config:
     warmdown_iters: int = _opt(1200, "steps over which the rates fall to 0", 0)
     train_batch_tokens: int = _opt(524288, "tokens per step, all ranks and micro-steps", 1)
     train_seq_len: int = _opt(1024, "tokens per row in training and flat evaluation", 1)
-    grad_accum_steps: int = _opt(0, "micro-steps per step; 0: 8 / world size where whole, else 1", 0)
+    grad_accum_steps: int = _opt(0, "micro-steps per step; 0: 8 (cpu: 2) / world size where whole, else 1", 0)
     val_batch_size: int = _opt(524288, "tokens per flat-evaluation step, all ranks and micro-steps", 1)
     val_loss_every: int = _opt(1000, "steps between validations; 0: only the last", 0)
     train_log_every: int = _opt(200, "steps between loss lines; 0: none", 0)
@@ -136,7 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "cpu": dict(data_path="./data/demo", tokenizer_path="./data/demo/tokenizer.model", max_wallclock_seconds=175.0,
                 num_layers=4, model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096,
-                grad_accum_steps=1, val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03,
+                grad_accum_steps=2, val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03,
                 warmup_steps=1, warmdown_iters=500, muon_momentum_warmup_steps=60, val_loss_every=0,
                 train_log_every=50, ttt_eval_seq_len=512),
 }  # fmt: skip
@@ -170,8 +170,9 @@ def read_config(env: Mapping[str, str]) -> Config:
     preset = preset if preset != "auto" else "baseline" if device == "cuda" else "cpu"
     cfg = replace(Config(), **PRESETS[preset] | given | {"device": device, "preset": preset})
     world = _parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), _opt(1, "ranks", 1))
-    if cfg.grad_accum_steps == 0:
-        cfg = replace(cfg, grad_accum_steps=8 // world if 8 % world == 0 else 1)
+    if not given.get("grad_accum_steps"):
+        alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
+        cfg = replace(cfg, grad_accum_steps=alone // world if alone % world == 0 else 1)
     check_config(cfg, world)
     return cfg
 
@@ -182,7 +183,7 @@ def check_config(cfg: Config, world: int) -> None:
     nearest = max(unit, round(cfg.train_batch_tokens / unit) * unit)
     rules = (
         (re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}|", cfg.run_id),
-         f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-'; it names the log file"),
+         f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it"),
         (cfg.model_path or not cfg.eval_only,
          "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH"),
         (cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
@@ -358,10 +359,11 @@ def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
     """(compute dtype, why). DTYPE=auto is bf16 where the hardware multiplies it natively, else fp32."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype), "DTYPE"
-    if cfg.device == "cuda":
-        return torch.bfloat16, "CUDA"
-    native = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if torch.cpu.get_capabilities().get(flag)]
-    return (torch.bfloat16, f"processor has {native[0]}") if native else (torch.float32, "processor has no bf16")
+    if cfg.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has bf16"
+    found = torch.cpu.get_capabilities() if cfg.device == "cpu" else {}
+    native = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if found.get(flag)]
+    return (torch.bfloat16, f"processor has {native[0]}") if native else (torch.float32, f"{cfg.device} has no bf16")
 
 
 def source_code() -> str:
@@ -420,7 +422,7 @@ def open_shards(folder: str, pattern: str) -> list[np.ndarray]:
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
     """`UserError` if a token id does not fit the model's vocabulary."""
     if (top := int(ids.max())) >= vocab_size:
-        raise UserError(f"{where}: token id {top}, expected ids below {vocab_size}; shards and tokenizer do not match")
+        raise UserError(f"{where}: token id {top}, expected ids below {vocab_size}; take the tokenizer that made it")
 
 
 class TokenStream:
@@ -445,7 +447,7 @@ class TokenStream:
         """This rank's inputs and targets of the next micro-step, each (B, T).
 
         A micro-step consumes (local + 1) * world tokens and rank r takes the r-th span. The order of tokens depends on
-        world size times GRAD_ACCUM_STEPS alone, which is 8 by default wherever the world size divides 8.
+        world size times GRAD_ACCUM_STEPS alone, which by default stays the same for every world size that divides it.
         """
         span = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps) + 1
         tokens = rt.upload(self.read(self.position + rt.rank * span, span))
@@ -479,7 +481,7 @@ def split_documents(stream: np.ndarray, bos: int, limit: int, device: torch.devi
     if not scored.any():
         raise UserError(
             f"validation shards: {len(stream)} tokens with {len(starts)} BOS (id {bos}) leave nothing to predict;"
-            " expected a BOS before each document and text after it"
+            " expected a BOS before each document and text after it; see data/README.md"
         )
     excluded = {"before_first_bos": int(starts[0]), "documents_of_one_token": int((~scored).sum())}
     tokens = torch.from_numpy(stream.astype(np.int32)).to(device)
@@ -547,7 +549,7 @@ class Score:
         """From each rank's (3,) float64 sums of nats, tokens and bytes; `AgreedError` where there are no bytes."""
         nats, tokens, count = rt.sum(sums).tolist()  # counts are exact below 2**53
         if not count:
-            raise AgreedError("validation shards: the scored tokens stand for 0 bytes; expected text in the documents")
+            raise AgreedError("validation: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
         return cls(nats, int(tokens), int(count))
 
     @property
@@ -864,9 +866,9 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path.
 
     They are called final_model.pt and final_model.int8.ptz; under EVAL_ONLY, which has a .pt already, only the artifact
-    is written, and called after it.
+    is written, under a name that no training uses.
     """
-    name = Path(cfg.model_path).stem if cfg.eval_only else "final_model"
+    name = f"eval_{Path(cfg.model_path).stem}" if cfg.eval_only else "final_model"
     path = Path(cfg.out_dir) / f"{name}.int8.ptz"
     if rt.rank != 0:
         return path
@@ -1019,11 +1021,11 @@ def evaluate_flat(model: GPT, forward: Forward, docs: Documents, table: ByteTabl
 
 def share_documents(chunks: np.ndarray, world: int) -> list[np.ndarray]:
     """Documents of each rank, most chunks first: the longest remaining document goes to the least loaded rank."""
-    loads, shares = [(0, rank) for rank in range(world)], [[] for _ in range(world)]
+    loads, shares = np.zeros(world, dtype=np.int64), [[] for _ in range(world)]
     for document in np.argsort(-chunks, kind="stable"):
-        load, rank = heapq.heappop(loads)
+        rank = loads.argmin()
         shares[rank].append(document)
-        heapq.heappush(loads, (load + int(chunks[document]), rank))
+        loads[rank] += chunks[document]
     return [np.array(share, dtype=np.int64) for share in shares]
 
 
@@ -1104,15 +1106,11 @@ def evaluate_documents(
                         losses = score_then_learn(model, batch, adapters, rows.stop == learners)
                         sums += torch.stack((losses.double(), batch.live, batch.bytes)).mul(batch.live).sum((1, 2))
                 done += live - more
-                show_score(bar, live, done, sums)
+                if bar.update(live):  # only when just redrawn, so that the device is seldom asked, and never in silence
+                    bpb = (sums[0] / sums[2]).item() / math.log(2)
+                    bar.set_postfix_str(f"documents:{done} bpb:{bpb:.4f}", refresh=False)
     model.requires_grad_(True)
     return Score.from_sums(sums, rt)
-
-
-def show_score(bar: tqdm, chunks: int, documents: int, sums: Tensor) -> None:
-    """Move the bar; ask the device for the running score only when the bar has just been drawn."""
-    if not bar.disable and bar.update(chunks):
-        bar.set_postfix_str(f"documents:{documents} bpb:{(sums[0] / sums[2]).item() / math.log(2):.4f}", refresh=False)
 
 
 # ==== Training ========================================================================================================
@@ -1300,21 +1298,21 @@ def run(cfg: Config, rt: Runtime) -> None:
 
 def main() -> int:
     """The program. Returns its exit status."""
-    rt = None
+    rt, status, agreed = None, 0, True
     try:
         cfg = read_config(os.environ)
         rt = Runtime.create(cfg, os.environ)
         run(cfg, rt)
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, AgreedError):
+        status, agreed = 1, isinstance(error, AgreedError)
+        if os.environ.get("RANK", "0") == "0" or not agreed:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if rt is not None and not isinstance(error, OSError):  # a full disk takes no last line
-            rt.log(f"error: {error}", console=False)
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        if rt is not None:
+            with contextlib.suppress(OSError):  # a full disk takes no last line
+                rt.log(f"error: {error}", console=False)
+    if agreed and dist.is_initialized():  # else another rank may be waiting for this one, and leaving would wait for it
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

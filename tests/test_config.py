@@ -85,6 +85,13 @@ def test_bad_values_are_named_and_explained(variable, value, expected):
     assert value in line or variable == "NUM_KV_HEADS"
 
 
+@pytest.mark.parametrize(("world", "accum"), [(1, 2), (2, 1), (4, 1)])
+def test_cpu_preset_keeps_the_order_of_tokens_on_two_ranks(world, accum):
+    env = {"PRESET": "cpu", "DEVICE": "cpu", "WORLD_SIZE": str(world)}
+    assert tg.read_config(env).grad_accum_steps == accum
+    assert tg.read_config(env | {"GRAD_ACCUM_STEPS": "4", "TRAIN_SEQ_LEN": "128"}).grad_accum_steps == 4
+
+
 def test_nearest_batch_works():
     env = {"PRESET": "baseline", "DEVICE": "cpu", "WORLD_SIZE": "3"}
     with pytest.raises(tg.UserError, match=r"world size 3 .* the nearest is (\d+)") as refused:

@@ -28,12 +28,13 @@ def losses(done):
 def runs(tmp_path_factory):
     """The same tiny training by plain python, and by torchrun with one and two ranks."""
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (0, 1, 2)}
-    return {ranks: (run_script(folder, ranks, MAX_VAL_DOCS=None), folder) for ranks, folder in folders.items()}
+    settings = {"MAX_VAL_DOCS": None, "ITERATIONS": "6", "DTYPE": "float32"}  # exact enough to compare trainings
+    return {ranks: (run_script(folder, ranks, **settings), folder) for ranks, folder in folders.items()}
 
 
 LINES = [
-    r"step:1/4 train_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
-    r"step:4/4 val_loss:\d\.\d{4} val_bpb:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"step:1/6 train_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"step:6/6 val_loss:\d\.\d{4} val_bpb:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
     r"Serialized model: \d+ bytes",
     r"Code size: \d+ bytes",
     r"Total submission size: \d+ bytes",
@@ -61,18 +62,20 @@ def test_lines_that_tools_read(runs, ranks):
 def test_world_size_does_not_move_training_or_score(runs):
     one, two, plain = runs[1][0], runs[2][0], runs[0][0]
     assert losses(plain) == losses(one)
-    assert losses(one) == pytest.approx(losses(two), abs=2e-3)
+    assert losses(one) == pytest.approx(losses(two), abs=2e-4)
     assert final(plain) == final(one)
-    assert final(two) == pytest.approx(final(one), abs=2e-3)  # of two trainings, so not the same artifact
+    assert final(two) == pytest.approx(final(one), abs=2e-4)
 
 
-def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path, dtype):
     artifact = str(runs[1][1] / "final_model.int8.ptz")
     scores = []
     for ranks in (0, 1, 2, 3):
-        done = run_script(tmp_path, ranks, EVAL_ONLY="1", MODEL_PATH=artifact, MAX_VAL_DOCS=None)
+        done = run_script(tmp_path, ranks, EVAL_ONLY="1", MODEL_PATH=artifact, MAX_VAL_DOCS=None, DTYPE=dtype)
         scores.append((final(done), final(done, "final_int8_zlib_roundtrip")))
-    assert scores[0] == (final(runs[1][0]), final(runs[1][0], "final_int8_zlib_roundtrip"))
+    if dtype == "float32":  # and the same as in the run that trained it
+        assert scores[0] == (final(runs[1][0]), final(runs[1][0], "final_int8_zlib_roundtrip"))
     for score in scores:
         assert score == pytest.approx(scores[0], abs=2e-4)
 
@@ -100,7 +103,7 @@ def test_evaluating_a_published_artifact_needs_no_shape_and_no_training_shards(t
 def test_a_plain_state_dict_is_made_an_artifact_before_it_is_scored(tmp_path):
     settings = EVAL_ARTIFACT | {"MODEL_PATH": str(CONFORMANCE / "init.pt")}
     assert final(run_script(tmp_path, **settings)) > 2
-    assert [path.name for path in tmp_path.glob("*.p*")] == ["init.int8.ptz"]  # no other run's file is touched
+    assert [path.name for path in tmp_path.glob("*.p*")] == ["eval_init.int8.ptz"]  # no other run's file is touched
 
 
 def test_every_printed_line_of_a_partial_run_says_so(tmp_path):
