@@ -77,7 +77,7 @@ class Config:
     preset: str = _opt("auto", "baseline with CUDA, cpu elsewhere", choices=("auto", "baseline", "cpu"))
     device: str = _opt("auto", "cuda where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = _opt("auto", "compute dtype; bfloat16 where it is fast", choices=("auto", "bfloat16", "float32"))
-    compile: str = _opt("auto", "compile the forward pass; auto: with CUDA", choices=("auto", "0", "1"))
+    compile: str = _opt("auto", "torch.compile for training; auto: where it pays", choices=("auto", "0", "1"))
     eval_only: bool = _opt(False, "1: score MODEL_PATH, train nothing")
     model_path: str = _opt("", "start from the weights and the shape of this .pt or .ptz file")
     data_path: str = _opt("./data/datasets/fineweb10B_sp1024", "folder of shards")
@@ -322,9 +322,13 @@ class Runtime:
         hidden = self.rank != 0 or not sys.stderr.isatty()
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
-    def wants_compile(self, choice: str) -> bool:
-        """COMPILE=auto compiles on CUDA; on two CPU cores it costs more than it wins back (records/NOTES.md)."""
-        return choice == "1" or (choice == "auto" and self.device.type == "cuda")
+    def wants_compile(self, cfg: Config) -> bool:
+        """COMPILE=auto compiles where it pays: on CUDA, and on CPUs for trainings of some length.
+
+        On two cores it takes half a minute and then saves a third of every step (records/NOTES.md).
+        """
+        long = (cfg.max_wallclock_seconds or math.inf) >= 120 and cfg.iterations >= 200
+        return cfg.compile == "1" or (cfg.compile == "auto" and (self.device.type == "cuda" or long))
 
 
 def keep_freed_memory() -> None:
@@ -983,9 +987,6 @@ class DocumentAdapters:
 
 # ==== Evaluation ======================================================================================================
 
-Forward = Callable[..., Tensor]  # GPT.forward, perhaps compiled
-
-
 @dataclass(frozen=True)
 class Condition:
     """How documents are scored: chunks of `chunk` predictions in windows of `window` inputs, adapters that `learn`."""
@@ -995,26 +996,21 @@ class Condition:
     learn: bool
 
 
-def flat_rows(cfg: Config, rt: Runtime) -> int:
-    """Rows of TRAIN_SEQ_LEN that a rank scores at once in the flat evaluation: its share of VAL_BATCH_SIZE."""
-    return max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len))
-
-
 @torch.no_grad()
-def evaluate_flat(model: GPT, forward: Forward, docs: Documents, table: ByteTable, cfg: Config, rt: Runtime) -> Score:
+def evaluate_flat(model: GPT, docs: Documents, table: ByteTable, cfg: Config, rt: Runtime) -> Score:
     """Score the stream in rows of TRAIN_SEQ_LEN that do not overlap; context crosses documents. Rows go over ranks.
 
-    The tokens after the last whole row are not scored, but a stream shorter than one row is a row of its own. `forward`
-    sees batches of one shape only, since another would be compiled anew; a smaller one goes through `model`.
+    The tokens after the last whole row are not scored, but a stream shorter than one row is a row of its own.
     """
-    length, step = min(cfg.train_seq_len, len(docs.tokens) - 1), flat_rows(cfg, rt)
+    length = min(cfg.train_seq_len, len(docs.tokens) - 1)
+    step = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * length))
     rows = (len(docs.tokens) - 1) // length
     inputs, targets = (docs.tokens[shift : shift + rows * length].view(rows, length) for shift in (0, 1))
     sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
     last = rows * (rt.rank + 1) // rt.world
     for row in range(rows * rt.rank // rt.world, last, step):
         x, y = (part[row : min(row + step, last)].long() for part in (inputs, targets))
-        losses = (forward if x.shape == (step, cfg.train_seq_len) else model)(x, y).double()
+        losses = model(x, y).double()
         sums += torch.stack((losses.sum(), torch.ones_like(losses).sum(), table.count(x, y).sum()))
     return Score.from_sums(sums, rt)
 
@@ -1116,26 +1112,24 @@ def evaluate_documents(
 # ==== Training ========================================================================================================
 
 
+Forward = Callable[[Tensor, Tensor], Tensor]  # GPT.forward for training, perhaps compiled
+
+
 def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Forward:
     """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model itself.
 
-    Runs on zeros what training and flat evaluation will run, so that neither the compiler's time nor its failure falls
-    into them.
+    Runs once forward and backward on zeros, so that neither the compiler's time nor its failure falls into training.
+    Evaluations never run compiled code: a score is the same whether or not the run that prints it could compile.
     """
-    if not rt.wants_compile(cfg.compile):
+    if not rt.wants_compile(cfg):
         return model
     rt.log("compile:started")
     began, failure = rt.seconds(), ""
     forward = torch.compile(model, dynamic=False, fullgraph=True)
     rows = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len)
-    train, flat = (
-        torch.zeros(n, cfg.train_seq_len, dtype=torch.int64, device=rt.device) for n in (rows, flat_rows(cfg, rt))
-    )
+    x = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
     try:
-        if not cfg.eval_only:
-            forward(train, train).mean().backward()
-        with torch.no_grad():
-            forward(flat, flat)
+        forward(x, x).mean().backward()
     except Exception as error:  # no C++ compiler, an unsupported operator: eager prints the same numbers, later
         failure = f"{type(error).__name__}: {error}".splitlines()[0][:160]
     model.zero_grad(set_to_none=True)
@@ -1255,12 +1249,12 @@ def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
     return Inputs(cfg, weights, TokenStream(train), ByteTable.build(tokenizer, rt.device), docs)
 
 
-def score_artifact(model: GPT, forward: Forward, path: Path, inputs: Inputs, rt: Runtime) -> None:
+def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
     """Read the artifact back from disk and print its scores: the record's final lines."""
     cfg, docs, table = inputs.cfg, inputs.docs, inputs.table
     rt.together(lambda: load_weights(model, read_weights(path), path))
     began = rt.seconds()
-    score = evaluate_flat(model, forward, docs, table, cfg, rt)
+    score = evaluate_flat(model, docs, table, cfg, rt)
     rt.log(f"final_int8_zlib_roundtrip {score} eval_time:{1000 * (rt.seconds() - began):.0f}ms")
     rt.log(f"final_int8_zlib_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     began = rt.seconds()
@@ -1284,16 +1278,15 @@ def run(cfg: Config, rt: Runtime) -> None:
     names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
     shape = " ".join(f"{name}:{getattr(cfg, name)}" for name in names)
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")
-    forward = compile_forward(model, cfg, rt)
     artifact = Path(cfg.model_path)
     if not cfg.eval_only:
-        trainer = Trainer(model, forward, inputs.stream, cfg, rt)
-        train(trainer, lambda: evaluate_flat(model, forward, docs, inputs.table, cfg, rt))
+        trainer = Trainer(model, compile_forward(model, cfg, rt), inputs.stream, cfg, rt)
+        train(trainer, lambda: evaluate_flat(model, docs, inputs.table, cfg, rt))
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
         artifact = rt.together(lambda: export(model, cfg, rt))
     if not cfg.eval_only:
-        trainer.report(str(evaluate_flat(model, forward, docs, inputs.table, cfg, rt)))
-    score_artifact(model, forward, artifact, inputs, rt)
+        trainer.report(str(evaluate_flat(model, docs, inputs.table, cfg, rt)))
+    score_artifact(model, artifact, inputs, rt)
 
 
 def main() -> int:

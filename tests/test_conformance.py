@@ -35,7 +35,7 @@ def test_counts(artifact):
 
 def test_flat(artifact):
     model, docs, table, cfg, rt = artifact
-    score = tg.evaluate_flat(model, model, docs, table, cfg, rt)
+    score = tg.evaluate_flat(model, docs, table, cfg, rt)
     assert score.bpb == pytest.approx(SCORES["flat_seq_len_512"][0][1], abs=0.0015)
 
 

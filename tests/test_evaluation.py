@@ -261,7 +261,7 @@ def test_the_model_itself_is_left_as_it_was(rt):
 def test_flat_scores_whole_rows_of_the_stream(rt, val_batch_size):
     cfg = tiny_config(val_batch_size=val_batch_size)
     model, docs = tiny_model(cfg, rt), tiny_documents([150, 90])
-    result = tg.evaluate_flat(model, model, docs, tiny_table(96), cfg, rt)
+    result = tg.evaluate_flat(model, docs, tiny_table(96), cfg, rt)
     stream = docs.tokens.long()
     nats = sum(model(stream[None, r : r + 32], stream[None, r + 1 : r + 33]).sum().item() for r in range(0, 224, 32))
     count = int(tiny_table(96).count(stream[:224], stream[1:225]).sum())
@@ -272,7 +272,7 @@ def test_flat_scores_whole_rows_of_the_stream(rt, val_batch_size):
 def test_a_stream_shorter_than_a_row_is_one_row(rt):
     cfg = tiny_config()
     model, docs = tiny_model(cfg, rt), tiny_documents([20])
-    result = tg.evaluate_flat(model, model, docs, tiny_table(96), cfg, rt)
+    result = tg.evaluate_flat(model, docs, tiny_table(96), cfg, rt)
     stream = docs.tokens.long()
     assert result.tokens == 19
     assert result.nats == pytest.approx(model(stream[None, :-1], stream[None, 1:]).sum().item(), rel=1e-6)
@@ -282,10 +282,10 @@ def test_a_stream_shorter_than_a_row_is_one_row(rt):
 def test_flat_rows_are_shared_over_ranks(rt, monkeypatch, world):
     cfg = tiny_config()
     model, docs = tiny_model(cfg, rt), tiny_documents([150, 90])
-    alone = tg.evaluate_flat(model, model, docs, tiny_table(96), cfg, rt)
+    alone = tg.evaluate_flat(model, docs, tiny_table(96), cfg, rt)
     parts = []
     monkeypatch.setattr(tg.Score, "from_sums", classmethod(lambda cls, sums, rt: parts.append(sums)))
     for rank in range(world):
         ranked = tg.Runtime(rt.device, rt.dtype, rank=rank, world=world)
-        tg.evaluate_flat(model, model, docs, tiny_table(96), cfg, ranked)
+        tg.evaluate_flat(model, docs, tiny_table(96), cfg, ranked)
     assert sum(parts).tolist() == [pytest.approx(alone.nats, rel=1e-6), alone.tokens, alone.bytes]
