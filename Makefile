@@ -10,7 +10,7 @@ TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone
 .PHONY: demo test lint fineweb train clean
 .DELETE_ON_ERROR:
 
-# Train a small GPT on text that is already on this machine, make the artifact, score it. About 4 minutes on 2 cores after the installation.
+# Train a small GPT on text that is already on this machine, make the artifact, score it. About 5 minutes on 2 cores after the installation.
 demo: $(DEMO)/manifest.json
 	PRESET=cpu OUT_DIR=out/demo RUN_ID=demo-$$(date +%Y%m%d-%H%M%S) sh -c ' \
 	  $(TORCHRUN) --nproc_per_node=1 train_gpt.py && \
