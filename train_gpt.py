@@ -987,6 +987,7 @@ class DocumentAdapters:
 
 # ==== Evaluation ======================================================================================================
 
+
 @dataclass(frozen=True)
 class Condition:
     """How documents are scored: chunks of `chunk` predictions in windows of `window` inputs, adapters that `learn`."""
@@ -1130,7 +1131,7 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Forward:
     x = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
     try:
         forward(x, x).mean().backward()
-    except Exception as error:  # no C++ compiler, an unsupported operator: eager prints the same numbers, later
+    except Exception as error:  # no C++ compiler, an unsupported operator: eager trains the same way, slower
         failure = f"{type(error).__name__}: {error}".splitlines()[0][:160]
     model.zero_grad(set_to_none=True)
     if rt.sum(torch.tensor(float(bool(failure)), device=rt.device)).item():
