@@ -6,20 +6,22 @@
     EVAL_ONLY=1 MODEL_PATH=final_model.int8.ptz python train_gpt.py       score an artifact, train nothing
 
 Every setting is an environment variable: the fields of `Config`, in capitals. The number to read is `val_bpb`, bits per
-UTF-8 byte of the validation text; lower is better. The last line of a run, `final_int8_ttt_lora`, scores the artifact
-as read back from disk, while every document teaches its own throw-away adapters.
+UTF-8 byte of the validation text; lower is better. The `ladder` lines at the end score the artifact as read back from
+disk under the conditions that EVAL names; under `ttt` every document teaches its own throw-away adapters. The `audit`
+lines are checks that stop the run when they fail.
 
 Contents, in reading order; each band leans only on those above it:
 
     config        what can be set, and the reader that refuses what it cannot use
     runtime       the one place that knows devices, ranks, clocks and log files
+    byte metric   the UTF-8 bytes that a token stands for
     data          shards, the training stream, the validation documents
-    byte metric   from token losses to bits per byte
     model         the GPT; its forward returns one loss per token
     optimizers    Muon for matrices, Adam for the rest, and the schedule
     artifact      int8 + zlib, written and read
     adapters      per-document low-rank adapters and their batched Adam
-    evaluation    flat stream, and documents: score first, learn after, forget at the end
+    evaluation    the ladder of conditions: score first, learn after, forget at the end
+    audits        bytes against the decoded text, scores against altered futures
     training      warm-up, steps, wallclock
     main          the order of events
 
@@ -31,11 +33,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import hashlib
 import io
 import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 import uuid
@@ -50,6 +55,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -85,6 +91,8 @@ class Config:
     out_dir: str = _opt(".", "folder for everything the run writes")
     run_id: str = _opt("", "name of the log file; a uuid4 if empty")
     seed: int = _opt(1337, "seed of weights and adapters", 0)
+    eval: tuple[str, ...] = _opt(("flat", "ttt"), "conditions, in order", choices=("flat", "doc", "stride", "ttt"))
+    scores_path: str = _opt("", "in OUT_DIR: a .csv with the scores of every chunk; none if empty")
     # How long
     iterations: int = _opt(20000, "steps at most", 0)
     max_wallclock_seconds: float = _opt(600.0, "seconds of training; 0: no cap", 0)
@@ -138,25 +146,33 @@ PRESETS: dict[str, dict[str, Any]] = {
                 num_layers=4, model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096,
                 grad_accum_steps=2, val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03,
                 warmup_steps=1, warmdown_iters=500, muon_momentum_warmup_steps=60, val_loss_every=0,
-                train_log_every=50, ttt_eval_seq_len=512),
+                train_log_every=50, ttt_eval_seq_len=512, eval=("flat", "doc", "stride", "ttt")),
 }  # fmt: skip
 
 
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
     kind, least, choices = type(spec.default), spec.metadata["least"], spec.metadata["choices"]
-    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "text"}[kind]
-    expected = "one of " + ", ".join(choices) if choices else expected
+    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "one of", tuple: "some of"}[kind]
+    expected += " " + ", ".join(choices) if choices else ""
     expected += f" of at least {least:g}" if least is not None else ""
     try:
-        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
-        lowest = -(2**62) if least is None else least
-        fits = value in choices if choices else kind is str or lowest <= value < 2**62
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text.split(",") if kind is tuple else text)
+        lowest, words = -(2**62) if least is None else least, value if kind is tuple else (value,)
+        if choices:
+            fits = set(words) <= set(choices) and len(set(words)) == len(words)
+        else:
+            fits = kind is str or lowest <= value < 2**62
     except (ValueError, KeyError):
         fits = False
     if not fits:
         raise AgreedError(f"{name}={text!r}: expected {expected}; set it so or unset it")
     return value
+
+
+def spell(value: Any) -> str:
+    """The text that stands for a setting's value in the environment: what `_parse` reads back."""
+    return ",".join(value) if isinstance(value, tuple) else str(int(value) if isinstance(value, bool) else value)
 
 
 def read_config(env: Mapping[str, str]) -> Config:
@@ -184,6 +200,8 @@ def check_config(cfg: Config, world: int) -> None:
     rules = (
         (re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}|", cfg.run_id),
          f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it"),
+        (not cfg.scores_path or cfg.scores_path.endswith(".csv"),
+         f"SCORES_PATH={cfg.scores_path!r}: expected a name that ends in .csv; rename it"),
         (cfg.model_path or not cfg.eval_only,
          "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH"),
         (cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
@@ -240,27 +258,36 @@ class Runtime:
         if world:
             # gloo carries what lives on the CPU (clock, error lines), so that agreeing on them never waits for a GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
-        rt.together(lambda: rt.open_log(cfg))
+        rt.together(lambda: rt.open_log(cfg, env))
         return rt
 
-    def open_log(self, cfg: Config) -> None:
-        """Start the log file with its head: this script, versions, hardware, settings. `OSError` where it cannot be."""
+    def open_log(self, cfg: Config, env: Mapping[str, str]) -> None:
+        """Start the log file with what identifies the run, this script first. `OSError` where it cannot be written."""
         self.suffix = " partial" if cfg.max_val_docs else ""
-        if self.rank == 0:
-            self.log_path = Path(cfg.out_dir) / "logs" / f"{cfg.run_id or uuid.uuid4()}.txt"
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
-            settings = " ".join(f"{f.name.upper()}={getattr(cfg, f.name)}" for f in fields(cfg))
-            rule = "=" * 100
-            head = (source_code(), rule, versions, describe_device(self.device), rule, f"config: {settings}")
-            self.log("\n".join(head), console=False)
-            dtype, why = choose_dtype(cfg)
-            self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
-            self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
+        if self.rank != 0:
+            return
+        self.log_path = Path(cfg.out_dir) / "logs" / f"{cfg.run_id or uuid.uuid4()}.txt"
+        for path in (self.log_path, Path(cfg.out_dir, cfg.scores_path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        settings = {f.name.upper(): shlex.quote(spell(getattr(cfg, f.name))) for f in fields(cfg)}
+        given = " ".join(f"{name}={shlex.quote(env[name])}" for name in settings if name in env)
+        launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
+        rule, version = "=" * 100, torch.__version__
+        self.log(f"{source_code()}\n{rule}\nRunning Python {sys.version}\nRunning PyTorch {version}", console=False)
+        self.log(f"{describe_device(self.device)}\n{rule}", console=False)
+        self.log(time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime()), console=False)
+        self.log(f"command: {given} {launcher} train_gpt.py", console=False)
+        self.log("config: " + " ".join(f"{name}={value}" for name, value in settings.items()), console=False)
+        others = f"numpy:{np.__version__} sentencepiece:{sentencepiece.__version__}"
+        self.log(f"versions: python:{platform.python_version()} torch:{version} {others}", console=False)
+        dtype, why = choose_dtype(cfg)
+        self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
+        self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
+        self.log(f"sha256 script:{sha256(source_code().encode())}")
 
     def log(self, text: str, console: bool = True) -> None:
-        """Write to the log file and, unless told otherwise, to standard output. Rank 0 only."""
-        if self.rank == 0 and self.log_path:
+        """Write to the log file and, unless told otherwise, to standard output. Rank 0 only, which has a log file."""
+        if self.log_path:
             if console:
                 text += self.suffix
                 with tqdm.external_write_mode():  # lifts a running progress bar out of the way
@@ -319,7 +346,7 @@ class Runtime:
     def progress(self, total: float, what: str) -> tqdm:
         """A progress bar for a person at a terminal; silent in pipes, in files and on other ranks."""
         layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        hidden = self.rank != 0 or not sys.stderr.isatty()
+        hidden = not self.log_path or not sys.stderr.isatty()
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
     def wants_compile(self, cfg: Config) -> bool:
@@ -370,9 +397,15 @@ def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
     return (torch.bfloat16, f"processor has {native[0]}") if native else (torch.float32, f"{cfg.device} has no bf16")
 
 
+@functools.cache
 def source_code() -> str:
-    """This file's own text: it heads every log, and its size counts towards the budget."""
-    return Path(__file__).read_text(encoding="utf-8")
+    """This file's own text, which heads every log and counts towards the budget: read once, lest it be edited."""
+    return Path(__file__).read_bytes().decode()
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """The hash by which logs name files."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def describe_device(device: torch.device) -> str:
@@ -395,6 +428,62 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ==== Byte metric: the UTF-8 bytes that a token stands for ===========================================================
+
+
+def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
+    """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
+    try:
+        tokenizer = SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        found = f"{tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
+        fits = tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0
+    except (OSError, RuntimeError) as error:
+        found, fits = f"no usable file ({type(error).__name__})", False
+    if not fits:
+        raise UserError(
+            f"TOKENIZER_PATH={path}: found {found}; expected the SentencePiece .model that made the shards, with BOS"
+            f" and the model's {vocab_size} pieces; correct the path or VOCAB_SIZE"
+        )
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """UTF-8 bytes that a target token stands for.
+
+    Control, unknown and unused pieces stand for 0 bytes, byte-fallback pieces for 1, any other for the UTF-8 length of
+    its text, in which every `▁` is a space; a leading one counts only after a token that itself stands for text.
+    """
+
+    base: np.ndarray  # (V,) int64, bytes without the leading space
+    leading_space: np.ndarray  # (V,) bool
+    is_text: np.ndarray  # (V,) bool, false for the 0-byte pieces
+
+    @classmethod
+    def build(cls, tokenizer: SentencePieceProcessor) -> ByteTable:
+        """The table of a tokenizer. `UserError` if it has no piece for a space on its own.
+
+        Byte fallback spells a `▁` that has no piece as three bytes, so that every such space would count three times.
+        """
+        rows = []
+        for i in range(tokenizer.vocab_size()):
+            piece, byte = tokenizer.id_to_piece(i), tokenizer.is_byte(i)
+            text = not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i))
+            size = 1 if byte else len(piece.removeprefix("▁").replace("▁", " ").encode())
+            rows.append((size if text else 0, text and not byte and piece.startswith("▁"), text))
+        base, space, text = np.array(rows, dtype=np.int64).T
+        if not text[tokenizer.piece_to_id("▁")]:
+            raise UserError(
+                "TOKENIZER_PATH: found no piece '▁', expected one: without it no byte count of a space is right; train"
+                " the tokenizer anew with '▁' among its required characters"
+            )
+        return cls(base, space.astype(bool), text.astype(bool))
+
+    def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Bytes of each `target` given the token before it: ids of any shape -> int64 of that shape."""
+        return self.base[target] + (self.leading_space[target] & self.is_text[previous])
 
 
 # ==== Data: shards, the training stream, the validation documents =====================================================
@@ -463,111 +552,36 @@ class TokenStream:
 class Documents:
     """The validation stream on the device, and its documents in stream order.
 
-    Document d predicts the `predictions[d]` tokens after its BOS at `starts[d]`, up to and including the next BOS.
+    Position p of the stream predicts token p + 1. Document d owns the `predictions[d]` positions from its BOS at
+    `starts[d]`: its last target is the next BOS.
     """
 
     tokens: Tensor  # (n,) int32
+    bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
     starts: np.ndarray  # (docs,) int64
     predictions: np.ndarray  # (docs,) int64, all >= 1
     excluded: dict[str, int]  # what no document predicts, by reason
 
 
-def split_documents(stream: np.ndarray, bos: int, limit: int, device: torch.device) -> Documents:
+def split_documents(stream: np.ndarray, bos: int, limit: int, table: ByteTable, device: torch.device) -> Documents:
     """Cut the validation `stream` (n,) at BOS and put it on the device; `UserError` if that leaves nothing to predict.
 
     `limit` > 0 keeps the first so many documents and the BOS that closes the last of them.
     """
-    starts = np.flatnonzero(stream == bos)
+    total, starts = len(stream), np.flatnonzero(stream == bos)
     if 0 < limit < len(starts):
         stream, starts = stream[: starts[limit] + 1], starts[:limit]
     predictions = np.append(starts[1:], len(stream) - 1) - starts if len(starts) else starts
-    scored = predictions > 0
-    if not scored.any():
+    sizes, scored = table.count(stream[:-1], stream[1:]), predictions > 0
+    if not scored.any() or not sizes.any():
         raise UserError(
-            f"validation shards: {len(stream)} tokens with {len(starts)} BOS (id {bos}) leave nothing to predict;"
-            " expected a BOS before each document and text after it; see data/README.md"
+            f"validation shards: {len(stream)} tokens with {len(starts)} BOS (id {bos}), {sizes.sum()} bytes of text:"
+            " nothing to predict; expected a BOS before each document and text after it; see data/README.md"
         )
     excluded = {"before_first_bos": int(starts[0]), "documents_of_one_token": int((~scored).sum())}
-    tokens = torch.from_numpy(stream.astype(np.int32)).to(device)
-    return Documents(tokens, starts[scored], predictions[scored], excluded)
-
-
-# ==== Byte metric: from token losses to bits per byte =================================================================
-
-
-def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
-        found = f"{tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
-        fits = tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0
-    except (OSError, RuntimeError) as error:
-        found, fits = f"no usable file ({type(error).__name__})", False
-    if not fits:
-        raise UserError(
-            f"TOKENIZER_PATH={path}: found {found}; expected the SentencePiece .model that made the shards, with BOS"
-            f" and the model's {vocab_size} pieces; correct the path or VOCAB_SIZE"
-        )
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class ByteTable:
-    """UTF-8 bytes that a target token stands for.
-
-    Control, unknown and unused pieces stand for 0 bytes, byte-fallback pieces for 1, any other for the UTF-8 length of
-    its text; its leading space `▁` counts 1, exactly once, and only after a token that itself stands for text.
-    """
-
-    base: Tensor  # (V,) int64, bytes without the leading space
-    leading_space: Tensor  # (V,) bool
-    is_text: Tensor  # (V,) bool, false for the 0-byte pieces
-
-    @classmethod
-    def build(cls, tokenizer: sentencepiece.SentencePieceProcessor, device: torch.device) -> ByteTable:
-        """The table of a tokenizer, on the device."""
-        rows = []
-        for i in range(tokenizer.vocab_size()):
-            piece, byte = tokenizer.id_to_piece(i), tokenizer.is_byte(i)
-            text = not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i))
-            size = 1 if byte else len(piece.removeprefix("▁").encode())
-            rows.append((size if text else 0, text and not byte and piece.startswith("▁"), text))
-        base, space, text = torch.tensor(rows, dtype=torch.int64, device=device).unbind(1)
-        return cls(base, space.bool(), text.bool())
-
-    def count(self, previous: Tensor, target: Tensor) -> Tensor:
-        """Bytes of each `target` given the token before it: int64 ids of any shape -> int64 of that shape."""
-        return self.base[target] + (self.leading_space[target] & self.is_text[previous])
-
-
-@dataclass(frozen=True)
-class Score:
-    """Sums over scored tokens: cross-entropy in nats, tokens, UTF-8 bytes of the scored text."""
-
-    nats: float
-    tokens: int
-    bytes: int
-
-    @classmethod
-    def from_sums(cls, sums: Tensor, rt: Runtime) -> Score:
-        """From each rank's (3,) float64 sums of nats, tokens and bytes; `AgreedError` where there are no bytes."""
-        nats, tokens, count = rt.sum(sums).tolist()  # counts are exact below 2**53
-        if not count:
-            raise AgreedError("validation: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
-        return cls(nats, int(tokens), int(count))
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy, nats per scored token."""
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte: all nats / ln 2, divided by all bytes of the scored text."""
-        return self.nats / math.log(2) / self.bytes
-
-    def __str__(self) -> str:
-        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
+    excluded["beyond_max_val_docs"] = total - len(stream)
+    tokens, sizes = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (stream, sizes))
+    return Documents(tokens, sizes, starts[scored], predictions[scored], excluded)
 
 
 # ==== Model ===========================================================================================================
@@ -815,6 +829,7 @@ def muon_momentum(step: int, cfg: Config) -> float:
 QUANT_FORMAT = "int8_clean_per_row_v1"
 KEEP_FLOAT_NUMEL = 65_536  # float tensors up to this size are stored as they are
 CLIP_QUANTILE = 99.99984 / 100  # of |w| in a row; what lies above is clipped
+SUBMISSION_BUDGET = 16_000_000  # bytes of code and artifact together
 CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")  # small and touchy: kept in fp32
 
 
@@ -877,11 +892,13 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     if rt.rank != 0:
         return path
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    raw, code = serialize(state), len(source_code().encode())
+    content = quantize_state(state)
+    for name, tensor in dequantize_state(content).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: holds values that are not finite; expected a sound model, nothing was exported")
+    raw, quantized, code = serialize(state), serialize(content), len(source_code().encode())
     if not cfg.eval_only:
         write_atomically(path.with_name("final_model.pt"), raw)
-    content = quantize_state(state)
-    quantized = serialize(content)
     blob = zlib.compress(quantized, level=9)
     write_atomically(path, blob)
     held = [*content["quantized"].values(), *content["scales"].values(), *content["passthrough"].values()]
@@ -893,6 +910,15 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     rt.log(f"Serialized model int8+zlib: {len(blob)} bytes ({sizes})")
     rt.log(f"Total submission size int8+zlib: {len(blob) + code} bytes")
     return path
+
+
+def report_artifact(path: Path, rt: Runtime) -> None:
+    """Log which artifact is scored, and whether it and this script fit the budget."""
+    blob = path.read_bytes()
+    total = len(blob) + len(source_code().encode())
+    verdict = "PASS" if total <= SUBMISSION_BUDGET else "FAIL"
+    rt.log(f"sha256 artifact:{sha256(blob)} {path.name}")
+    rt.log(f"submission_size:{total} budget:{SUBMISSION_BUDGET} headroom:{SUBMISSION_BUDGET - total} {verdict}")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -990,30 +1016,98 @@ class DocumentAdapters:
 
 @dataclass(frozen=True)
 class Condition:
-    """How documents are scored: chunks of `chunk` predictions in windows of `window` inputs, adapters that `learn`."""
+    """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side."""
 
     chunk: int
     window: int
-    learn: bool
+    batch: int
+    learn: bool = False  # after each chunk, the document's adapters take a step on it
+    isolated: bool = True  # False: rows of the stream, whatever documents they cut, take the place of documents
+    final: str = ""  # what the record calls this rung in a line of its own
 
 
-@torch.no_grad()
-def evaluate_flat(model: GPT, docs: Documents, table: ByteTable, cfg: Config, rt: Runtime) -> Score:
-    """Score the stream in rows of TRAIN_SEQ_LEN that do not overlap; context crosses documents. Rows go over ranks.
+def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
+    """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN."""
+    row = min(cfg.train_seq_len, len(docs.tokens) - 1)
+    rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
+    chunk, window, batch = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, cfg.ttt_batch_size
+    return {
+        "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
+        "doc": Condition(window, window, batch),
+        "stride": Condition(chunk, window, batch),
+        "ttt": Condition(chunk, window, batch, learn=True, final="final_int8_ttt_lora"),
+    }
 
-    The tokens after the last whole row are not scored, but a stream shorter than one row is a row of its own.
-    """
-    length = min(cfg.train_seq_len, len(docs.tokens) - 1)
-    step = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * length))
-    rows = (len(docs.tokens) - 1) // length
-    inputs, targets = (docs.tokens[shift : shift + rows * length].view(rows, length) for shift in (0, 1))
-    sums = torch.zeros(3, dtype=torch.float64, device=rt.device)
-    last = rows * (rt.rank + 1) // rt.world
-    for row in range(rows * rt.rank // rt.world, last, step):
-        x, y = (part[row : min(row + step, last)].long() for part in (inputs, targets))
-        losses = model(x, y).double()
-        sums += torch.stack((losses.sum(), torch.ones_like(losses).sum(), table.count(x, y).sum()))
-    return Score.from_sums(sums, rt)
+
+def spans(docs: Documents, how: Condition) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, predictions) of what is scored by itself: the documents, or the whole rows of the stream."""
+    if how.isolated:
+        return docs.starts, docs.predictions
+    rows = (len(docs.tokens) - 1) // how.chunk
+    return np.arange(rows) * how.chunk, np.full(rows, how.chunk)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Cross-entropy of scored tokens, in columns with one entry for each chunk of a document that has any."""
+
+    columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
+
+    @classmethod
+    def tally(cls, ledger: Tensor, docs: Documents, how: Condition) -> Score:
+        """From all ranks' `ledger` (2, n - 1): for each position of the stream, its loss and how often it was scored.
+
+        This is also the audit of coverage: `AgreedError` unless every position that `how` covers was scored exactly
+        once, no other ever was, and every loss is finite. Tokens before the first BOS count as document -1.
+        """
+        losses, times = ledger.cpu().numpy()
+        starts, predictions = spans(docs, how)
+        due = np.zeros_like(times)
+        due[starts[0] : starts[-1] + predictions[-1]] = 1
+        for p in np.flatnonzero((times != due) | ~np.isfinite(losses))[:1]:
+            found = f"scored {times[p]:g} times, loss {losses[p]:g}"
+            raise AgreedError(f"audit coverage: position {p}: {found}; expected {due[p]:g} times and a finite loss")
+        lead = [0] if docs.starts[0] else []
+        starts, sizes = np.append(lead, docs.starts), np.append(docs.starts[: len(lead)], docs.predictions)
+        chunks = -(-sizes // how.chunk)
+        row = np.repeat(np.arange(len(sizes)), chunks)
+        chunk = np.arange(len(row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+        edges, sizes = (starts[row] + chunk * how.chunk).astype(np.int64), docs.bytes.cpu().numpy() * (times > 0)
+        tokens, count = (np.add.reduceat(part, edges, dtype=np.int64) for part in (times, sizes))
+        nats = np.add.reduceat(losses, edges, dtype=np.float64)
+        columns = dict(doc=row - len(lead), chunk=chunk, start=chunk * how.chunk, tokens=tokens, bytes=count)
+        return cls({name: column[tokens > 0] for name, column in (columns | {"loss_nats": nats}).items()})
+
+    @functools.cached_property
+    def totals(self) -> tuple[float, int, int]:
+        """(nats, tokens, bytes). The sum of nats is rounded once, so that no order of chunks can move it."""
+        tokens, count = (int(self.columns[name].sum()) for name in ("tokens", "bytes"))
+        return math.fsum(self.columns["loss_nats"]), tokens, count
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats per scored token."""
+        return self.totals[0] / self.totals[1]
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte: all nats / ln 2, divided by all UTF-8 bytes of the scored text."""
+        return self.totals[0] / math.log(2) / self.totals[2]
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
+
+
+def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
+    """Rank 0 writes every chunk's score as CSV, from which anyone can add up the printed totals."""
+    if rt.rank == 0:
+        rows = [("condition", *next(iter(scores.values())).columns)]
+        for name, score in scores.items():
+            columns = [column.tolist() for column in score.columns.values()]
+            rows += [(name, *row) for row in zip(*columns, strict=True)]
+        data = "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
+        write_atomically(path, data)
+        rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data)}")
 
 
 def share_documents(chunks: np.ndarray, world: int) -> list[np.ndarray]:
@@ -1033,29 +1127,29 @@ class ChunkBatch:
     rows: slice  # which rows of the adapters they own
     ids: Tensor  # (B, T) the windows; right of its end a shorter one repeats its last token, where nothing looks
     at: Tensor  # (B, S) where in its window each prediction is made
+    positions: Tensor  # (B, S) and where in the stream
     targets: Tensor  # (B, S) the tokens to predict
     live: Tensor  # (B, S) bool, false where a row has no prediction
-    bytes: Tensor  # (B, S) int64, bytes of the targets
 
 
 def gather_chunk(
-    docs: Documents, table: ByteTable, group: np.ndarray, rows: slice, c: int, how: Condition, rt: Runtime
+    tokens: Tensor, starts: np.ndarray, predictions: np.ndarray, rows: slice, c: int, how: Condition, rt: Runtime
 ) -> ChunkBatch:
-    """Windows of chunk `c` of the documents group[rows] (indices into docs), each of which has such a chunk.
+    """Windows of chunk `c` of those `rows` of a group of documents, each of which has such a chunk.
 
     A document of n predictions has its chunk c at predictions [cC, min((c+1)C, n)); they are made inside the window of
     inputs [max(0, end - W), end), where end is the chunk's end.
     """
-    starts, ends = docs.starts[group[rows]], np.minimum(docs.predictions[group[rows]], (c + 1) * how.chunk)
+    ends = np.minimum(predictions[rows], (c + 1) * how.chunk)
     begins = np.maximum(ends - how.window, 0)
     # Sizes are settled on the host, so that the device never has to be asked.
     longest, widest = int((ends - begins).max()), int(ends.max()) - c * how.chunk
-    start, begin, end = rt.upload(np.stack((starts, begins, ends)))[:, :, None]
-    ids = docs.tokens[start + torch.minimum(begin + torch.arange(longest, device=rt.device), end - 1)].long()
+    start, begin, end = rt.upload(np.stack((starts[rows], begins, ends)))[:, :, None]
+    ids = tokens[start + torch.minimum(begin + torch.arange(longest, device=rt.device), end - 1)].long()
     place = c * how.chunk + torch.arange(widest, device=rt.device)[None, :]
     live, place = place < end, torch.minimum(place, end - 1)
-    previous, targets = (docs.tokens[start + place + shift].long() for shift in (0, 1))
-    return ChunkBatch(rows, ids, place - begin, targets, live, table.count(previous, targets))
+    positions = start + place
+    return ChunkBatch(rows, ids, place - begin, positions, tokens[positions + 1].long(), live)
 
 
 def score_then_learn(model: GPT, batch: ChunkBatch, adapters: DocumentAdapters | None, learn: bool) -> Tensor:
@@ -1074,22 +1168,21 @@ def score_then_learn(model: GPT, batch: ChunkBatch, adapters: DocumentAdapters |
     return losses.detach()
 
 
-def evaluate_documents(
-    model: GPT, docs: Documents, table: ByteTable, how: Condition, cfg: Config, rt: Runtime
-) -> Score:
+def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> Tensor:
     """Score every document by itself, chunk after chunk, each chunk inside its window of earlier tokens.
 
     If `how.learn`, each document owns adapters that take one Adam step after each of its chunks but the last, whose
-    lesson nobody would hear. Documents are shared over the ranks by chunks and run TTT_BATCH_SIZE at a time, longest
-    first; one that has ended leaves the batch.
+    lesson nobody would hear. Documents are shared over the ranks by chunks and run `how.batch` at a time, longest
+    first; one that has ended leaves the batch. Returns the `ledger` of `Score.tally`, the same on every rank.
     """
-    chunks = -(-docs.predictions // how.chunk)
+    starts, predictions = spans(docs, how)
+    chunks = -(-predictions // how.chunk)
     mine = share_documents(chunks, rt.world)[rt.rank]
     adapters = DocumentAdapters(model, cfg, rt) if how.learn else None
-    sums, done = torch.zeros(3, dtype=torch.float64, device=rt.device), 0
+    ledger, done = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
     model.requires_grad_(False)  # only adapters learn; spares the backward pass every weight gradient
     with rt.progress(int(chunks[mine].sum()), "evaluating") as bar:
-        for group in np.split(mine, range(cfg.ttt_batch_size, len(mine), cfg.ttt_batch_size)):
+        for group in np.split(mine, range(how.batch, len(mine), how.batch)):
             if adapters:
                 adapters.reset(len(group))
             for c in range(chunks[group].max(initial=0)):
@@ -1099,15 +1192,87 @@ def evaluate_documents(
                 learners = more if how.learn else 0
                 for rows in (slice(0, learners), slice(learners, live)):
                     if len(group[rows]):
-                        batch = gather_chunk(docs, table, group, rows, c, how, rt)
+                        batch = gather_chunk(docs.tokens, starts[group], predictions[group], rows, c, how, rt)
                         losses = score_then_learn(model, batch, adapters, rows.stop == learners)
-                        sums += torch.stack((losses.double(), batch.live, batch.bytes)).mul(batch.live).sum((1, 2))
+                        entry = torch.stack((losses, torch.ones_like(losses))) * batch.live
+                        ledger.index_add_(1, batch.positions.flatten(), entry.flatten(1))
                 done += live - more
                 if bar.update(live):  # only when just redrawn, so that the device is seldom asked, and never in silence
-                    bpb = (sums[0] / sums[2]).item() / math.log(2)
-                    bar.set_postfix_str(f"documents:{done} bpb:{bpb:.4f}", refresh=False)
+                    bits, count = ledger[0].sum().item() / math.log(2), (ledger[1] * docs.bytes).sum().item()
+                    bar.set_postfix_str(f"documents:{done} bpb:{bits / count:.4f}", refresh=False)
     model.requires_grad_(True)
-    return Score.from_sums(sums, rt)
+    return rt.sum(ledger)
+
+
+def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> Score:
+    """The score of the whole validation stream under one condition, the same on every rank."""
+    return Score.tally(fill_ledger(model, docs, how, cfg, rt), docs, how)
+
+
+# ==== Audits: what makes a score worth believing ======================================================================
+
+
+def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProcessor, rt: Runtime) -> None:
+    """Compare the bytes counted in up to 256 documents, evenly spread, with the text that the tokenizer decodes.
+
+    `UserError` where they differ, naming the first piece that is counted wrong. Pieces are decoded behind an anchor,
+    since the decoder drops spaces at the start of a text; byte pieces apart, since they need not be valid UTF-8.
+    """
+    byte = np.array([tokenizer.is_byte(i) for i in range(len(table.base))])
+    anchor = next(i for i in np.flatnonzero((table.base > 0) & ~byte).tolist() if tokenizer.decode([i]).strip())
+
+    def spell_out(ids: list[int]) -> int:
+        return len(tokenizer.decode([anchor, *ids]).encode()) - len(tokenizer.decode([anchor]).encode())
+
+    picks, counted, spelled = np.unique(np.linspace(0, len(docs.starts) - 1, 256).astype(np.int64)), 0, 0
+    for begin, end in zip(docs.starts[picks], docs.starts[picks] + docs.predictions[picks], strict=True):
+        ids = docs.tokens[begin : end + 1].cpu().numpy()  # ids[0] is the document's BOS: no target, no text
+        text = table.is_text[ids]
+        plain, opening = ids[text & ~byte[ids]].tolist(), text[1:] & ~text[:-1] & table.leading_space[ids[1:]]
+        spelled += spell_out(plain) + int((text & byte[ids]).sum()) - int(opening.sum())
+        counted += int(docs.bytes[begin:end].sum())
+        if counted != spelled:
+            wrong = [i for i in plain if spell_out([i]) != table.base[i] + table.leading_space[i]]
+            piece = f"piece {tokenizer.id_to_piece(wrong[0])!r}" if wrong else "the way that pieces join"
+            raise UserError(
+                f"audit bytes: the document at token {begin} brings {counted} counted bytes to {spelled} of decoded"
+                f" text, because of {piece}; expected equal numbers, or no bpb is right; take another tokenizer"
+            )
+    rt.log(f"audit bytes: documents:{len(picks)} of:{len(docs.starts)} table_bytes:{counted} text_bytes:{spelled} PASS")
+
+
+def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> int:
+    """Score four documents twice; the second time two lose all tokens after a cut, and the other two are replaced.
+
+    What lies before a cut must score the same to the last bit, else `UserError`: it saw a later token or another
+    document. The documents are long ones, shortened to three chunks; the cut falls inside the second, so that learning
+    before scoring shows too. In two batches of two, so that what one batch leaves behind would reach the next.
+    Returns how many predictions were compared. Every rank does this by itself.
+    """
+    picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:4], 4)
+    predictions = np.minimum(docs.predictions[picks], 3 * how.chunk)
+    starts = np.cumsum(predictions + 1) - predictions - 1
+    where = np.concatenate([docs.starts[d] + np.arange(n + 1) for d, n in zip(picks, predictions, strict=True)])
+    tokens, kept = docs.tokens[rt.upload(where)], np.zeros(len(where), dtype=bool)
+    for start, n in zip(starts[::2], predictions[::2], strict=True):
+        kept[start : start + n // 2 + 1] = True
+    noise = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=len(where))
+    altered = torch.where(rt.upload(kept), tokens, rt.upload(noise).int())
+    compared = rt.upload(kept[:-1] & kept[1:])  # position p predicts token p + 1 from token p
+
+    def play(tokens: Tensor) -> Tensor:
+        few = replace(docs, tokens=tokens, starts=starts, predictions=predictions)
+        return fill_ledger(model, few, replace(how, batch=2, isolated=True), cfg, alone)[0][compared]
+
+    alone = replace(rt, rank=0, world=1, log_path=None)
+    once, again = play(tokens), play(altered)
+    # Where kernels do not repeat to the bit (CUDA adds in any order), a third run tells noise from a leak.
+    if not torch.equal(once, again) and (once - again).abs().max() > 10 * (once - play(tokens)).abs().max():
+        raise UserError(
+            f"audit causality: found scores moved by up to {(once - again).abs().max():g} nats by later tokens or other"
+            " documents; expected no change: this evaluation leaks, and its score is void"
+        )
+    return len(once)
 
 
 # ==== Training ========================================================================================================
@@ -1147,6 +1312,9 @@ class Trainer:
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, cfg: Config, rt: Runtime) -> None:
         self.model, self.forward, self.stream, self.cfg, self.rt = model, forward, stream, cfg, rt
         self.step, self.elapsed_ms, self.mark = 0, 0.0, 0.0
+        self.params = {name: p for name, p in model.named_parameters() if p.numel()}  # one layer: no skip weights
+        # (step, parameter) of the first gradient that is not finite, as one number; kept on the device, seldom read
+        self.fault = self.no_fault = torch.tensor(2**62, device=rt.device)
         self.optimizers = build_optimizers(model, cfg, rt)
 
     def train_step(self) -> Tensor:
@@ -1156,7 +1324,11 @@ class Trainer:
             loss = self.forward(*self.stream.next_batch(cfg, self.rt)).mean() / cfg.grad_accum_steps
             loss.backward()
             total += loss.detach()
-        self.rt.average([p.grad for p in self.model.parameters() if p.grad is not None])  # one layer: no skip weights
+        grads = [p.grad for p in self.params.values()]
+        self.rt.average(grads)
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
+        place = self.step * len(norms) + torch.arange(len(norms), device=self.rt.device)
+        self.fault = torch.minimum(self.fault, torch.where(norms.isfinite(), self.no_fault, place).min())
         if cfg.grad_clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip_norm)
         scale = lr_scale(self.step, self.elapsed_ms, cfg)
@@ -1169,6 +1341,15 @@ class Trainer:
         self.step += 1
         return total
 
+    def refuse_faults(self) -> None:
+        """`AgreedError` if a gradient so far was not finite, be it for a loss or a weight that was not."""
+        if (fault := int(self.fault)) < int(self.no_fault):
+            step, index = divmod(fault, len(self.params))
+            raise AgreedError(
+                f"step {step + 1}: the gradient of {list(self.params)[index]} is not finite; the last good state is"
+                f" that after step {step}; nothing was exported; lower the learning rates or set GRAD_CLIP_NORM"
+            )
+
     def warm_up(self) -> None:
         """WARMUP_STEPS real steps, which prime allocators and kernels; then everything goes back to the start."""
         weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -1176,7 +1357,7 @@ class Trainer:
             self.train_step()
         self.model.load_state_dict(weights)
         self.optimizers = build_optimizers(self.model, self.cfg, self.rt)
-        self.stream.position = self.step = 0
+        self.stream.position, self.step, self.fault = 0, 0, self.no_fault
 
     def tick(self, now: float) -> None:
         """Count the time since the last tick as training time, by rank 0's clock on every rank."""
@@ -1212,10 +1393,13 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
                 trainer.mark = rt.seconds()
             loss = trainer.train_step()
             trainer.tick(rt.seconds(wait=False))
+            if trainer.step <= 10 or trainer.step % 10 == 0:  # rarely, since it waits for the device
+                trainer.refuse_faults()
             if cfg.train_log_every and (trainer.step <= 10 or trainer.step % cfg.train_log_every == 0):
                 trainer.report(f"train_loss:{rt.sum(loss).item() / rt.world:.4f}")
             trainer.show_pace(bar)
     trainer.tick(rt.seconds())
+    trainer.refuse_faults()
     if trainer.step < cfg.iterations:
         time_and_step = f"train_time:{trainer.elapsed_ms:.0f}ms step:{trainer.step}/{cfg.iterations}"
         rt.log(f"stopping_early: wallclock_cap {time_and_step}")
@@ -1231,7 +1415,6 @@ class Inputs:
     cfg: Config  # with the model shape of MODEL_PATH, where that is given
     weights: dict[str, Tensor] | None
     stream: TokenStream  # empty under EVAL_ONLY
-    table: ByteTable
     docs: Documents
 
 
@@ -1242,35 +1425,57 @@ def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
         cfg = shape_from_weights(weights, cfg, cfg.model_path)
         check_config(cfg, rt.world)
     train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
-    val = np.concatenate(open_shards(cfg.data_path, "fineweb_val_*.bin"))
-    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    shards = open_shards(cfg.data_path, "fineweb_val_*.bin")
+    val, tokenizer = np.concatenate(shards), load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
     for shard in (val, *train[rt.rank :: rt.world]):  # the ranks share the reading
         check_ids(shard, cfg.vocab_size, cfg.data_path)
-    docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, rt.device)
-    return Inputs(cfg, weights, TokenStream(train), ByteTable.build(tokenizer, rt.device), docs)
+    table = ByteTable.build(tokenizer)
+    docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
+    rt.log(f"sha256 tokenizer:{sha256(Path(cfg.tokenizer_path).read_bytes())}")
+    for shard in shards:
+        path = Path(shard.filename)
+        rt.log(f"sha256 val:{sha256(path.read_bytes())} {path.name}")
+    audit_bytes(docs, table, tokenizer, rt)
+    return Inputs(cfg, weights, TokenStream(train), docs)
 
 
 def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
-    """Read the artifact back from disk and print its scores: the record's final lines."""
-    cfg, docs, table = inputs.cfg, inputs.docs, inputs.table
+    """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
+    cfg, docs, scores = inputs.cfg, inputs.docs, {}
     rt.together(lambda: load_weights(model, read_weights(path), path))
-    began = rt.seconds()
-    score = evaluate_flat(model, docs, table, cfg, rt)
-    rt.log(f"final_int8_zlib_roundtrip {score} eval_time:{1000 * (rt.seconds() - began):.0f}ms")
-    rt.log(f"final_int8_zlib_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    began = rt.seconds()
-    ttt = Condition(cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, learn=True)
-    score = evaluate_documents(model, docs, table, ttt, cfg, rt)
-    rt.log(f"final_int8_ttt_lora {score} eval_time:{1000 * (rt.seconds() - began):.0f}ms")
+    report_artifact(path, rt)
+    conditions = {name: ladder(docs, cfg, rt)[name] for name in cfg.eval}
+    audited = [name for name, how in conditions.items() if how.learn] or cfg.eval[-1:]
+    for name, how in conditions.items():
+        if name in audited:
+            began = rt.seconds()
+            compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
+            spent = 1000 * (rt.seconds() - began)
+            rt.log(f"audit causality: condition:{name} documents:4 compared:{compared} time:{spent:.0f}ms PASS")
+        began = rt.seconds()
+        score = scores[name] = evaluate(model, docs, how, cfg, rt)
+        spent, (_, tokens, size) = 1000 * (rt.seconds() - began), score.totals
+        delta, count = score.bpb - scores[cfg.eval[0]].bpb, len(np.unique(score.columns["doc"].clip(0)))
+        counts, before = f"docs:{count} tokens:{tokens} bytes:{size}", int(docs.starts[0]) if how.isolated else 0
+        beyond, total = docs.excluded["beyond_max_val_docs"], len(docs.tokens) - 1
+        left_out = f"before_first_bos:{before} after_last_row:{total - before - tokens} beyond_max_val_docs:{beyond}"
+        rt.log(f"audit coverage: condition:{name} targets:{total + beyond} scored_once:{tokens} {left_out} PASS")
+        losses = f"val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f} delta_bpb:{delta:+.4f}"
+        rt.log(f"ladder condition:{name} {losses} {counts} eval_time:{spent:.0f}ms")
+        if how.final:
+            rt.log(f"{how.final} {score} eval_time:{spent:.0f}ms")
+        if name == "flat":
+            rt.log(f"{how.final}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    if cfg.scores_path:
+        path = Path(cfg.out_dir, cfg.scores_path)
+        rt.together(lambda: write_scores(path, scores, rt))
 
 
 def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
     inputs = rt.together(lambda: load_inputs(cfg, rt))
     cfg, docs = inputs.cfg, inputs.docs
-    scorable = len(docs.tokens) - 1
-    left_out = docs.excluded | {"flat_tail": scorable % min(cfg.train_seq_len, scorable)}
-    counts = " ".join(f"{reason}:{count}" for reason, count in left_out.items())
+    counts = " ".join(f"{reason}:{count}" for reason, count in docs.excluded.items())
     rt.log(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()} excluded {counts}")
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.dtype).to(rt.device)
@@ -1282,11 +1487,12 @@ def run(cfg: Config, rt: Runtime) -> None:
     artifact = Path(cfg.model_path)
     if not cfg.eval_only:
         trainer = Trainer(model, compile_forward(model, cfg, rt), inputs.stream, cfg, rt)
-        train(trainer, lambda: evaluate_flat(model, docs, inputs.table, cfg, rt))
+        flat = ladder(docs, cfg, rt)["flat"]
+        train(trainer, lambda: evaluate(model, docs, flat, cfg, rt))
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
         artifact = rt.together(lambda: export(model, cfg, rt))
     if not cfg.eval_only:
-        trainer.report(str(evaluate_flat(model, docs, inputs.table, cfg, rt)))
+        trainer.report(str(evaluate(model, docs, flat, cfg, rt)))
     score_artifact(model, artifact, inputs, rt)
 
 

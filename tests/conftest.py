@@ -40,15 +40,24 @@ TINY_RUN = {
 EVAL_ARTIFACT = {"EVAL_ONLY": "1", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"), "TRAIN_SEQ_LEN": "512"}
 
 
-def run_script(out_dir, ranks=0, **settings):
-    """Run train_gpt.py as a user does; ranks=0 without torchrun. Returns the finished process."""
+def run_script(out_dir, ranks=0, script=ROOT / "train_gpt.py", **settings):
+    """Run the script as a user does; ranks=0 without torchrun. Returns the finished process."""
     ours = {f.upper() for f in tg.Config.__dataclass_fields__} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
     env = {key: value for key, value in os.environ.items() if key not in ours}
     env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out_dir), "RUN_ID": "test"} | TINY_RUN | settings
     env = {key: value for key, value in env.items() if value is not None}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    command = [sys.executable, *torchrun, str(ROOT / "train_gpt.py")]
+    command = [sys.executable, *torchrun, str(script)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=out_dir)
+
+
+def changed_script(folder, old, new):
+    """A copy of the script in which `old`, which must occur once, is `new`: a bug for an audit to find."""
+    source = tg.source_code()
+    assert source.count(old) == 1, old
+    path = folder / "changed.py"
+    path.write_text(source.replace(old, new))
+    return path
 
 
 def write_shard(path, tokens):
@@ -81,15 +90,20 @@ def tiny_model(cfg, rt, seed=0):
 
 def tiny_table(vocab_size):
     """A byte table in which every token stands for a different, recognisable number of bytes."""
-    base = torch.arange(vocab_size, dtype=torch.int64)
+    base = np.arange(vocab_size)
     return tg.ByteTable(base, base % 3 == 0, base > 3)
+
+
+def tiny_score(nats, tokens, size):
+    """A score of one chunk."""
+    return tg.Score({"tokens": np.array([tokens]), "bytes": np.array([size]), "loss_nats": np.array([nats])})
 
 
 def tiny_documents(lengths, vocab_size=96, seed=0):
     """Documents of the given numbers of tokens (BOS = 1 included), random text, closed by the stream's end."""
     rng = np.random.default_rng(seed)
     stream = np.concatenate([np.append(1, rng.integers(4, vocab_size, n - 1)) for n in lengths])
-    return tg.split_documents(stream.astype(np.uint16), 1, 0, CPU)
+    return tg.split_documents(stream.astype(np.uint16), 1, 0, tiny_table(vocab_size), CPU)
 
 
 @pytest.fixture

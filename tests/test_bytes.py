@@ -1,11 +1,8 @@
 """Bits per byte: the table counts exactly the bytes of the decoded text, and sums divide what they say."""
 
-import math
-
 import numpy as np
 import pytest
 import sentencepiece
-import torch
 from conftest import CONFORMANCE, CPU
 
 import train_gpt as tg
@@ -28,8 +25,7 @@ def tokenizer():
 
 
 def table_bytes(tokenizer, ids):
-    table = tg.ByteTable.build(tokenizer, CPU)
-    ids = torch.tensor([tokenizer.bos_id(), *ids], dtype=torch.int64)
+    table, ids = tg.ByteTable.build(tokenizer), np.array([tokenizer.bos_id(), *ids])
     return table.count(ids[:-1], ids[1:])
 
 
@@ -41,7 +37,7 @@ def test_table_counts_the_utf8_bytes_of_the_decoded_text(tokenizer, text):
 
 def test_table_agrees_on_every_validation_document(tokenizer):
     stream = tg.open_shard(CONFORMANCE / "fineweb_val_000000.bin").astype(np.int64)
-    docs = tg.split_documents(stream, tokenizer.bos_id(), 0, CPU)
+    docs = tg.split_documents(stream, tokenizer.bos_id(), 0, tg.ByteTable.build(tokenizer), CPU)
     for start, n in zip(docs.starts, docs.predictions, strict=True):
         ids = [int(i) for i in stream[start + 1 : start + 1 + n] if i != tokenizer.bos_id()]
         assert int(table_bytes(tokenizer, ids).sum()) == len(tokenizer.decode(ids).encode())
@@ -56,17 +52,6 @@ def test_pieces_by_kind(tokenizer):
     bos, eos, pad, unk = tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id(), tokenizer.unk_id()
     # A leading space counts only after text: the decoder drops it at the start of a document.
     assert table_bytes(tokenizer, [word, bos, word, eos, word, pad, unk, word]).tolist() == [3, 0, 3, 0, 3, 0, 0, 3]
-
-
-def test_bits_per_byte_divides_bits_by_bytes(rt):
-    score = tg.Score.from_sums(torch.tensor([math.log(2) * 12, 5, 8], dtype=torch.float64), rt)
-    assert (score.loss, score.bpb) == (pytest.approx(math.log(2) * 12 / 5), pytest.approx(1.5))
-    assert str(score) == "val_loss:1.6636 val_bpb:1.5000"
-
-
-def test_a_score_over_no_bytes_is_refused(rt):
-    with pytest.raises(tg.UserError, match="0 bytes"):
-        tg.Score.from_sums(torch.tensor([1.0, 5, 0], dtype=torch.float64), rt)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model"])

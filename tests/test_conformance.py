@@ -15,7 +15,7 @@ SCORES = EXPECTED["evaluation"]["scores"]
 
 @pytest.fixture(scope="module")
 def artifact():
-    """(model, documents, byte table, config, runtime): the published artifact as the script loads it, in bf16."""
+    """(model, documents, config, runtime): the published artifact as the script loads it, in bf16."""
     env = {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE), "TRAIN_SEQ_LEN": "512",
            "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"), "EVAL_ONLY": "1",
            "DTYPE": "bfloat16", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}  # fmt: skip
@@ -23,30 +23,21 @@ def artifact():
     inputs = tg.load_inputs(tg.read_config(env), rt)
     model = tg.GPT(inputs.cfg, rt.dtype)
     tg.load_weights(model, inputs.weights, "artifact")
-    return model, inputs.docs, inputs.table, inputs.cfg, rt
+    return model, inputs.docs, inputs.cfg, rt
 
 
 def test_counts(artifact):
-    _, docs, table, _, _ = artifact
+    _, docs, _, _ = artifact
     assert len(docs.starts) == EXPECTED["evaluation"]["documents"]
     assert docs.predictions.sum() == EXPECTED["evaluation"]["predictions"]
-    assert int(table.count(docs.tokens[:-1].long(), docs.tokens[1:].long()).sum()) == 33165
+    assert int(docs.bytes.sum()) == 33165
 
 
-def test_flat(artifact):
-    model, docs, table, cfg, rt = artifact
-    score = tg.evaluate_flat(model, docs, table, cfg, rt)
-    assert score.bpb == pytest.approx(SCORES["flat_seq_len_512"][0][1], abs=0.0015)
-
-
-@pytest.mark.parametrize(
-    ("name", "chunk", "learn", "tolerance"),
-    [("doc", 1024, False, 0.0005), ("stride", 256, False, 0.0005), ("ttt", 256, True, 0.003)],
-)
-def test_documents(artifact, name, chunk, learn, tolerance):
-    model, docs, table, cfg, rt = artifact
-    score = tg.evaluate_documents(model, docs, table, tg.Condition(chunk, 1024, learn), cfg, rt)
-    draws = SCORES[name]
+@pytest.mark.parametrize(("name", "tolerance"), [("flat", 0.0015), ("doc", 0.0005), ("stride", 0.0005), ("ttt", 0.003)])
+def test_ladder(artifact, name, tolerance):
+    model, docs, cfg, rt = artifact
+    score = tg.evaluate(model, docs, tg.ladder(docs, cfg, rt)[name], cfg, rt)
+    draws = SCORES["flat_seq_len_512" if name == "flat" else name]
     assert score.bpb == pytest.approx(sum(bpb for _, bpb in draws) / len(draws), abs=tolerance)
     assert score.loss == pytest.approx(sum(loss for loss, _ in draws) / len(draws), abs=2 * tolerance)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CONFORMANCE, CPU, TINY_RUN, tiny_config, write_shard
+from conftest import CONFORMANCE, CPU, TINY_RUN, tiny_config, tiny_table, write_shard
 
 import train_gpt as tg
 
@@ -90,30 +90,30 @@ def test_order_of_tokens_does_not_depend_on_world_size():
 
 
 def test_documents_reach_to_the_next_bos():
-    docs = tg.split_documents(np.array([1, 5, 6, 1, 1, 7, 1, 8, 9]), 1, 0, CPU)
+    docs = tg.split_documents(np.array([1, 5, 6, 1, 1, 7, 1, 8, 9]), 1, 0, tiny_table(96), CPU)
     assert docs.starts.tolist() == [0, 3, 4, 6]
     assert docs.predictions.tolist() == [3, 1, 2, 2]
-    assert docs.excluded == {"before_first_bos": 0, "documents_of_one_token": 0}
+    assert docs.excluded == {"before_first_bos": 0, "documents_of_one_token": 0, "beyond_max_val_docs": 0}
 
 
 def test_what_is_left_out_is_counted():
-    docs = tg.split_documents(np.array([5, 6, 7, 1, 8, 1]), 1, 0, CPU)
+    docs = tg.split_documents(np.array([5, 6, 7, 1, 8, 1]), 1, 0, tiny_table(96), CPU)
     assert (docs.starts.tolist(), docs.predictions.tolist()) == ([3], [2])
-    assert docs.excluded == {"before_first_bos": 3, "documents_of_one_token": 1}
+    assert docs.excluded == {"before_first_bos": 3, "documents_of_one_token": 1, "beyond_max_val_docs": 0}
 
 
 def test_limit_keeps_the_closing_bos():
     stream = np.array([1, 5, 6, 1, 7, 8, 9, 1, 10])
-    docs = tg.split_documents(stream, 1, 2, CPU)
+    docs, whole, beyond = (tg.split_documents(stream, 1, limit, tiny_table(96), CPU) for limit in (2, 0, 9))
+    assert docs.excluded["beyond_max_val_docs"] == 1
     assert (docs.starts.tolist(), docs.predictions.tolist(), len(docs.tokens)) == ([0, 3], [3, 4], 8)
-    whole, beyond = tg.split_documents(stream, 1, 0, CPU), tg.split_documents(stream, 1, 9, CPU)
     assert whole.predictions.tolist() == beyond.predictions.tolist() == [3, 4, 1]
 
 
 @pytest.mark.parametrize("stream", [[5, 6, 7], [1], [5, 1]])
 def test_nothing_to_predict_is_refused(stream):
     with pytest.raises(tg.UserError, match="nothing to predict"):
-        tg.split_documents(np.array(stream), 1, 0, CPU)
+        tg.split_documents(np.array(stream), 1, 0, tiny_table(96), CPU)
 
 
 def load(rt, tmp_path, val, train=(1, 5, 6), **env):

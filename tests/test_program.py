@@ -1,17 +1,24 @@
 """The script as its users run it: real processes, real ranks, real files."""
 
+import csv
+import dataclasses
 import fcntl
+import math
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
 import termios
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFORMANCE, EVAL_ARTIFACT, ROOT, TINY_RUN, run_script, write_shard
+
+import train_gpt as tg
 
 
 def final(done, name="final_int8_ttt_lora"):
@@ -29,6 +36,7 @@ def runs(tmp_path_factory):
     """The same tiny training by plain python, and by torchrun with one and two ranks."""
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (0, 1, 2)}
     settings = {"MAX_VAL_DOCS": None, "ITERATIONS": "6", "DTYPE": "float32"}  # exact enough to compare trainings
+    settings |= {"EVAL": "flat,doc,stride,ttt", "SCORES_PATH": "scores.csv"}
     return {ranks: (run_script(folder, ranks, **settings), folder) for ranks, folder in folders.items()}
 
 
@@ -53,10 +61,81 @@ def test_lines_that_tools_read(runs, ranks):
     for line in LINES:
         assert len(re.findall(rf"^{line}$", done.stdout, re.M)) == 1, line
     assert "partial" not in done.stdout
-    counts = "val_documents:30 predictions:13688 excluded before_first_bos:0 documents_of_one_token:0 flat_tail:120"
-    assert counts in done.stdout.splitlines()
+    assert "val_documents:30 predictions:13688 excluded before_first_bos:0 documents_of_one_token:0" in done.stdout
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
-        "final_model.int8.ptz", "final_model.pt", "logs/test.txt"]  # fmt: skip
+        "final_model.int8.ptz", "final_model.pt", "logs/test.txt", "scores.csv"]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_ladder_and_its_audits(runs, ranks):
+    """One line for each rung, each with its audits; deltas against the first; sizes and hashes of what was used."""
+    done, folder = runs[ranks]
+    rungs = [dict(re.findall(r"(\w+):(\S+)", line)) for line in re.findall(r"^ladder .*$", done.stdout, re.M)]
+    assert [rung["condition"] for rung in rungs] == ["flat", "doc", "stride", "ttt"]
+    for rung in rungs:
+        assert re.fullmatch(r"\d\.\d{6} \d\.\d{6} [+-]\d\.\d{4} \d+ \d+ms", " ".join(
+            rung[key] for key in ("val_loss", "val_bpb", "delta_bpb", "docs", "eval_time")))  # fmt: skip
+        assert float(rung["delta_bpb"]) == pytest.approx(float(rung["val_bpb"]) - float(rungs[0]["val_bpb"]), abs=6e-5)
+        flat = rung["condition"] == "flat"
+        assert (rung["docs"], rung["tokens"]) == ("30", "13568" if flat else "13688")
+        left_out = f"before_first_bos:0 after_last_row:{120 if flat else 0} beyond_max_val_docs:0 PASS"
+        coverage = f"condition:{rung['condition']} targets:13688 scored_once:{rung['tokens']} {left_out}"
+        assert f"audit coverage: {coverage}" in done.stdout.splitlines()
+    assert "audit bytes: documents:30 of:30 table_bytes:33165 text_bytes:33165 PASS" in done.stdout.splitlines()
+    # Two documents of three chunks of 64, each cut in the middle.
+    assert re.findall(r"^audit causality: .*(?= time:\d+ms PASS$)", done.stdout, re.M) == [
+        "audit causality: condition:ttt documents:4 compared:192"]  # fmt: skip
+    digest = {name: tg.sha256(path.read_bytes()) for name, path in [
+        ("script", ROOT / "train_gpt.py"), ("tokenizer", CONFORMANCE / "tokenizer.model"),
+        ("val", CONFORMANCE / "fineweb_val_000000.bin"), ("artifact", folder / "final_model.int8.ptz")]}  # fmt: skip
+    assert dict(re.findall(r"^sha256 (\w+):(\w{64})", done.stdout, re.M)) == digest
+    size = (folder / "final_model.int8.ptz").stat().st_size + (ROOT / "train_gpt.py").stat().st_size
+    assert f"submission_size:{size} budget:16000000 headroom:{16000000 - size} PASS" in done.stdout.splitlines()
+
+
+def test_the_log_says_how_to_do_it_again(runs):
+    log = (runs[2][1] / "logs" / "test.txt").read_text()
+    command = re.search(r"^command: (.*)$", log, re.M)[1]
+    assert command.endswith(" torchrun --standalone --nproc_per_node=2 train_gpt.py") and " ITERATIONS=6 " in command
+    given = [f.name.upper() for f in dataclasses.fields(tg.Config) if f"{f.name.upper()}=" in command]
+    assert {"DATA_PATH", "RUN_ID", "EVAL"} <= set(given) and "ROPE_BASE" not in given
+    settings = dict(word.split("=", 1) for word in shlex.split(re.search(r"^config: (.*)$", log, re.M)[1]))
+    read_back = dataclasses.asdict(tg.read_config(settings | {"WORLD_SIZE": "2"}))
+    assert list(settings) == [name.upper() for name in read_back]
+    assert {name: tg.spell(value) for name, value in read_back.items()} == {k.lower(): v for k, v in settings.items()}
+    assert re.search(r"^started:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", log, re.M)
+    assert f"torch:{torch.__version__} numpy:{np.__version__} sentencepiece:" in log
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_scores_file_adds_up_to_the_printed_totals(runs, ranks):
+    done, folder = runs[ranks]
+    path = folder / "scores.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for line in re.findall(r"^ladder .*$", done.stdout, re.M):
+        rung = dict(re.findall(r"(\w+):(\S+)", line))
+        mine = [row for row in rows if row["condition"] == rung["condition"]]
+        tokens, size = (sum(int(row[key]) for row in mine) for key in ("tokens", "bytes"))
+        nats = math.fsum(float(row["loss_nats"]) for row in mine)
+        assert (str(tokens), str(size)) == (rung["tokens"], rung["bytes"])
+        assert (f"{nats / tokens:.6f}", f"{nats / math.log(2) / size:.6f}") == (rung["val_loss"], rung["val_bpb"])
+    assert f"scores:{path} rows:{len(rows)} sha256:{tg.sha256(path.read_bytes())}" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("names", ["flat", "stride,doc", "ttt"])
+def test_a_rung_evaluated_again_is_the_same_to_the_last_digit(runs, tmp_path, names):
+    """Without its training, and without its neighbours; deltas refer to the first rung that is there."""
+    done, folder = runs[0]
+    again = run_script(tmp_path, EVAL_ONLY="1", MODEL_PATH=str(folder / "final_model.int8.ptz"), EVAL=names,
+                       MAX_VAL_DOCS=None, DTYPE="float32")  # fmt: skip
+    rungs, first = ({rung[0]: rung[1:] for rung in re.findall(
+        r"^ladder condition:(\w+) (val_loss:\S+ val_bpb:\S+) delta_bpb:(\S+) (docs:\S+ tokens:\S+ bytes:\S+)",
+        run.stdout, re.M)} for run in (again, done))  # fmt: skip
+    assert list(rungs) == names.split(",")
+    assert all((rung[0], rung[2]) == (first[name][0], first[name][2]) for name, rung in rungs.items())
+    assert rungs[names.split(",")[0]][1] == "+0.0000"
+    assert len(re.findall("^audit causality: ", again.stdout, re.M)) == 1  # of the last rung, where none learns
 
 
 def test_world_size_does_not_move_training_or_score(runs):

@@ -8,7 +8,7 @@ import train_gpt as tg
 
 
 def shown(value):
-    return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else tg.spell(value)
 
 
 def test_settings_table_is_the_program_s():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CONFORMANCE, CPU, tiny_config, tiny_model, write_shard
+from conftest import CONFORMANCE, CPU, tiny_config, tiny_model, tiny_score, write_shard
 
 import train_gpt as tg
 
@@ -105,7 +105,7 @@ def run_train(cfg, rt, monkeypatch, capsys, tmp_path):
     rt.log_path = tmp_path / "log.txt"
     monkeypatch.setattr(tg, "time", Clock())
     trainer = make_trainer(cfg, rt)
-    tg.train(trainer, lambda: tg.Score(2.0, 1, 4))
+    tg.train(trainer, lambda: tiny_score(2.0, 1, 4))
     return trainer, capsys.readouterr().out.splitlines()
 
 
@@ -145,7 +145,7 @@ def test_validation_is_outside_the_training_clock(rt, monkeypatch, capsys, tmp_p
 
     def validate():
         clock.now += 1000.0
-        return tg.Score(2.0, 1, 4)
+        return tiny_score(2.0, 1, 4)
 
     tg.train(trainer, validate)
     assert trainer.elapsed_ms < 20_000

@@ -1,0 +1,304 @@
+"""The audits: each passes on sound code and stops the bug that it is for, in functions and in whole runs."""
+
+import re
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from conftest import (
+    CONFORMANCE,
+    CPU,
+    EVAL_ARTIFACT,
+    changed_script,
+    run_script,
+    tiny_config,
+    tiny_documents,
+    tiny_model,
+    write_shard,
+)
+
+import train_gpt as tg
+
+TOKENIZER = CONFORMANCE / "tokenizer.model"
+
+
+def refusal(done):
+    """The one error line of a run that stopped with status 1 before it printed a final score."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert not re.search(r'(train_gpt|changed)\.py", line', done.stderr), done.stderr
+    assert done.returncode != 0 and len(errors) == 1, done.stdout + done.stderr
+    return errors[0]
+
+
+# -- bytes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tg.load_tokenizer(str(TOKENIZER), 1024)
+
+
+def documents(tokenizer, texts, table=None):
+    ids = [i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]]
+    return tg.split_documents(np.array(ids), tokenizer.bos_id(), 0, table or tg.ByteTable.build(tokenizer), CPU)
+
+
+def changed_table(tokenizer, **columns):
+    table = tg.ByteTable.build(tokenizer)
+    for name, change in columns.items():
+        change(getattr(table, name))
+    return table
+
+
+TEXTS = ["the first of all texts", "Crème brûlée 漢字 🙂 fine", "tabs\tand  two spaces", "the end"]
+
+
+def test_a_right_table_passes(tokenizer, rt, capsys, tmp_path):
+    rt.log_path = tmp_path / "log.txt"
+    docs = documents(tokenizer, TEXTS)
+    tg.audit_bytes(docs, tg.ByteTable.build(tokenizer), tokenizer, rt)
+    size = sum(len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS)
+    assert capsys.readouterr().out == f"audit bytes: documents:4 of:4 table_bytes:{size} text_bytes:{size} PASS\n"
+
+
+def test_random_tokens_pass(tokenizer, rt):
+    """Control pieces, broken UTF-8 and spaces after either: the rules hold for any stream."""
+    ids = np.random.default_rng(0).integers(0, 1024, 20_000)
+    ids[::50] = tokenizer.bos_id()
+    table = tg.ByteTable.build(tokenizer)
+    tg.audit_bytes(tg.split_documents(ids, tokenizer.bos_id(), 0, table, CPU), table, tokenizer, rt)
+
+
+def test_a_sample_of_200_at_least(tokenizer, rt, capsys, tmp_path):
+    rt.log_path = tmp_path / "log.txt"
+    tg.audit_bytes(documents(tokenizer, ["some words"] * 1000), tg.ByteTable.build(tokenizer), tokenizer, rt)
+    assert 200 <= int(re.search(r"documents:(\d+) of:1000 ", capsys.readouterr().out)[1]) < 1000
+
+
+def test_a_wrong_piece_is_named(tokenizer, rt):
+    the = tokenizer.piece_to_id("▁the")
+    assert the in tokenizer.encode("or the end")
+    table = changed_table(tokenizer, base=lambda base: base.__setitem__(the, 4))  # the space counted twice
+    docs = documents(tokenizer, ["plain", "or the end"], table)
+    with pytest.raises(tg.UserError, match=r"audit bytes: the document at token \d+ .*because of piece '▁the'"):
+        tg.audit_bytes(docs, table, tokenizer, rt)
+
+
+def test_a_space_that_opens_a_document_is_no_text(tokenizer, rt):
+    table = changed_table(tokenizer, is_text=lambda text: text.__setitem__(tokenizer.bos_id(), True))
+    docs = documents(tokenizer, ["the end"], table)
+    docs.tokens[1] = tokenizer.piece_to_id("▁the")
+    wrong = tg.split_documents(docs.tokens.numpy(), tokenizer.bos_id(), 0, table, CPU)
+    with pytest.raises(tg.UserError, match=r"audit bytes: .*because of the way that pieces join"):
+        tg.audit_bytes(wrong, tg.ByteTable.build(tokenizer), tokenizer, rt)
+
+
+def test_a_tokenizer_without_a_piece_for_space_is_refused(tmp_path):
+    """Byte fallback would spell each space in three bytes, and the score would look a fifth better than it is."""
+    model = TOKENIZER.read_bytes()
+    entry = b"\x0a\x03\xe2\x96\x81\x15"  # the piece "▁" in the serialised model
+    assert model.count(entry) == 1
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.replace(entry, entry.replace(b"\xe2\x96\x81", b"\xe3\x84\x85")))
+    line = refusal(run_script(tmp_path, **EVAL_ARTIFACT, TOKENIZER_PATH=str(path)))
+    assert line.startswith("error: TOKENIZER_PATH: found no piece '▁'")
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory):
+    """A tokenizer with pieces that hold spaces inside and at their end."""
+    path = tmp_path_factory.mktemp("spaced") / "spaced"
+    texts = ["the cat sat on  the mat of the hat", "in  the end of  the day on the bay"] * 50
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(path), vocab_size=310, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
+        split_by_whitespace=False, user_defined_symbols=["▁of▁the▁", "▁▁"], pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+    )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_file=f"{path}.model")
+
+
+@pytest.mark.parametrize("text", ["hat of the mat", "on  the end", "day of the  bay 漢 cat", "the  "])
+def test_spaces_inside_pieces_count_one_byte_each(spaced, rt, text):
+    ids = spaced.encode(text)
+    pieces = [spaced.id_to_piece(i) for i in ids]
+    assert any("▁" in piece[1:] for piece in pieces), pieces
+    table = tg.ByteTable.build(spaced)
+    docs = documents(spaced, [text])
+    assert int(docs.bytes.sum()) == len(spaced.decode(ids).encode()) == len(text.encode())
+    tg.audit_bytes(docs, table, spaced, rt)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_that_counts_wrongly_prints_no_score(tmp_path, ranks):
+    script = changed_script(tmp_path, "+ (self.leading_space[target]", "+ 2 * (self.leading_space[target]")
+    done = run_script(tmp_path, ranks, script, **EVAL_ARTIFACT)
+    assert refusal(done).startswith("error: audit bytes: the document at token 0 ")
+    assert "bpb" not in done.stdout
+
+
+# -- causality --------------------------------------------------------------------------------------------------------
+
+HOW = tg.Condition(8, 24, 4, learn=True)
+
+
+@pytest.fixture
+def scored(rt):
+    """(model, documents, config) at a rate high enough for any leak to show."""
+    cfg = tiny_config(ttt_lora_lr=0.05)
+    return tiny_model(cfg, rt), tiny_documents([50, 9, 60, 33, 40]), cfg
+
+
+@pytest.mark.parametrize("how", [HOW, tg.Condition(8, 24, 4), tg.Condition(32, 32, 4, isolated=False)])
+def test_sound_code_passes(scored, rt, how):
+    model, docs, cfg = scored
+    # The longest and the third longest document keep their beginnings.
+    assert tg.audit_causality(model, docs, how, cfg, rt) == sum(min(n, 3 * how.chunk) // 2 for n in (60, 39))
+
+
+@pytest.mark.parametrize("lengths", [[2], [3], [2, 2], [9, 3], [30, 30, 30]])
+def test_few_and_short_documents_pass(rt, lengths):
+    cfg = tiny_config()
+    assert tg.audit_causality(tiny_model(cfg, rt), tiny_documents(lengths), HOW, cfg, rt) >= 0
+
+
+def learn_then_score(model, batch, adapters, learn):
+    if learn:
+        tg_score_then_learn(model, batch, adapters, learn)
+    return tg_score_then_learn(model, batch, adapters, False)
+
+
+tg_score_then_learn = tg.score_then_learn
+
+
+def remember_everything(self, documents):
+    if not hasattr(self, "flat"):
+        tg_reset(self, documents)
+
+
+tg_reset = tg.DocumentAdapters.reset
+
+
+def share_lessons(self, grad, **settings):
+    tg_adam(self, grad.mean(0, keepdim=True).expand_as(grad), **settings)
+
+
+tg_adam = tg.DocumentAdapters.adam
+
+
+def see_the_future(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def normalise_over_the_batch(x):
+    return x / x.square().mean().sqrt()
+
+
+BUGS = {
+    "learning before scoring": (tg, "score_then_learn", learn_then_score),
+    "adapters kept from batch to batch": (tg.DocumentAdapters, "reset", remember_everything),
+    "one gradient for all documents": (tg.DocumentAdapters, "adam", share_lessons),
+    "attention without a mask": (tg, "causal_attention", see_the_future),
+    "statistics of the whole batch": (tg, "rms_norm", normalise_over_the_batch),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_leak_is_found(scored, rt, monkeypatch, bug):
+    model, docs, cfg = scored
+    monkeypatch.setattr(*BUGS[bug])
+    with pytest.raises(tg.UserError, match=r"audit causality: found scores moved by up to .*leaks"):
+        tg.audit_causality(model, docs, HOW, cfg, rt)
+
+
+def test_noise_of_kernels_is_no_leak(scored, rt, monkeypatch):
+    """What differs from run to run by itself, as sums in any order do on GPUs, is told apart by a third run."""
+    generator, original = torch.Generator().manual_seed(0), tg.causal_attention
+    monkeypatch.setattr(tg, "causal_attention", lambda q, k, v: (o := original(q, k, v)) + 1e-6 * torch.randn(
+        o.shape, generator=generator))  # fmt: skip
+    model, docs, cfg = scored
+    tg.audit_causality(model, docs, HOW, cfg, rt)
+    monkeypatch.setattr(tg, "score_then_learn", learn_then_score)
+    with pytest.raises(tg.UserError, match="audit causality"):
+        tg.audit_causality(model, docs, HOW, cfg, rt)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_that_learns_before_it_scores_stops(tmp_path, ranks):
+    old = "    return losses.detach()\n"
+    new = "        if learn:\n            losses = score_then_learn(model, batch, adapters, False)\n" + old
+    done = run_script(tmp_path, ranks, changed_script(tmp_path, old, new), **EVAL_ARTIFACT)
+    assert refusal(done).startswith("error: audit causality: ")
+    assert "condition:flat" in done.stdout and "condition:ttt" not in done.stdout
+
+
+def test_a_run_that_skips_tokens_stops(tmp_path):
+    old = "                learners = more"
+    script = changed_script(tmp_path, old, f"                live -= c == 1\n{old}")
+    line = refusal(run_script(tmp_path, 0, script, **EVAL_ARTIFACT, EVAL="stride"))
+    assert re.match(r"error: audit coverage: position \d+: scored 0 times, loss 0; expected 1 times", line)
+
+
+# -- what is not finite, and what is too large --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_diverging_training_stops_and_exports_nothing(tmp_path, ranks):
+    """A rate that overflows: every rank stops, rank 0 says at which step and parameter."""
+    done = run_script(tmp_path, ranks, MATRIX_LR="1e18", SCALAR_LR="1e18", ITERATIONS="30", WARMUP_STEPS="0")
+    found = re.match(r"error: step (\d+): the gradient of (\S+) is not finite; the last good state is that after"
+                     r" step (\d+); nothing was exported", refusal(done))  # fmt: skip
+    assert 1 < int(found[1]) <= 10 and int(found[3]) == int(found[1]) - 1
+    assert not list(tmp_path.glob("final_model*"))
+    assert f"step:{found[3]}/30 train_loss" in done.stdout and f"step:{int(found[1]) + 1}/30" not in done.stdout
+
+
+def test_the_parameter_at_fault_is_named(rt):
+    cfg = tiny_config(iterations=100)
+    model = tiny_model(cfg, rt)
+    trainer = tg.Trainer(model, model, tg.TokenStream([np.arange(5000, dtype=np.uint16) % 96]), cfg, rt)
+    trainer.train_step()
+    trainer.refuse_faults()
+    handle = model.blocks[1].mlp.fc.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), torch.inf))
+    trainer.train_step()
+    handle.remove()
+    trainer.train_step()  # by now everything is lost, but the first fault is what counts
+    with pytest.raises(tg.AgreedError, match=r"step 2: the gradient of blocks\.1\.mlp\.fc\.weight is not finite"):
+        trainer.refuse_faults()
+
+
+def test_a_spike_is_no_fault(rt):
+    cfg = tiny_config(iterations=100)
+    model = tiny_model(cfg, rt)
+    trainer = tg.Trainer(model, model, tg.TokenStream([np.arange(5000, dtype=np.uint16) % 96]), cfg, rt)
+    model.blocks[1].mlp.fc.weight.register_hook(lambda grad: grad * 1e6)
+    trainer.train_step()
+    trainer.refuse_faults()
+
+
+def test_weights_that_are_not_finite_are_never_exported(tmp_path):
+    """The last step of a training, and strangers' weights, have no later gradient to show it."""
+    state = torch.load(CONFORMANCE / "init.pt", weights_only=True)
+    state["blocks.2.attn.proj.weight"][5, 7] = torch.nan
+    torch.save(state, tmp_path / "bad.pt")
+    line = refusal(run_script(tmp_path, **EVAL_ARTIFACT | {"MODEL_PATH": str(tmp_path / "bad.pt")}))
+    assert line.startswith("error: blocks.2.attn.proj.weight: holds values that are not finite")
+    assert not list(tmp_path.glob("*.ptz"))
+
+
+def test_an_artifact_over_budget_fails(rt, tmp_path, monkeypatch, capsys):
+    rt.log_path = tmp_path / "log.txt"
+    (tmp_path / "model.int8.ptz").write_bytes(bytes(1000))
+    size = 1000 + len(tg.source_code().encode())
+    for budget, verdict in ((size, "PASS"), (size - 1, "FAIL")):
+        monkeypatch.setattr(tg, "SUBMISSION_BUDGET", budget)
+        tg.report_artifact(tmp_path / "model.int8.ptz", rt)
+        line = f"submission_size:{size} budget:{budget} headroom:{budget - size} {verdict}"
+        assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_shards_of_zero_bytes_are_refused(tmp_path):
+    for kind in ("train", "val"):
+        write_shard(tmp_path / f"fineweb_{kind}_000000.bin", [1, 2, 1, 2])
+    line = refusal(run_script(tmp_path, DATA_PATH=str(tmp_path)))
+    assert "4 tokens with 2 BOS (id 1), 0 bytes of text: nothing to predict" in line
