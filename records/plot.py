@@ -31,7 +31,7 @@ STYLE = {
     "axes.edgecolor": QUIET, "axes.labelcolor": QUIET, "axes.spines.right": False, "axes.spines.top": False,
     "font.size": 10, "savefig.dpi": 160, "text.color": INK, "xtick.color": QUIET, "ytick.color": QUIET,
 }  # fmt: skip
-LEAST_SHARE = 0.04  # of all scored bytes in each point of position.png, so that a few long documents make no zigzag
+LEAST_SHARE = 0.08  # of a condition's bytes in each point of position.png: a few long documents shall make no zigzag
 
 
 # --- Scores ----------------------------------------------------------------------------------------------------------
@@ -62,8 +62,12 @@ def read_scores(path: Path, log: RunLog) -> np.ndarray:
     return rows
 
 
-def position_edges(rows: np.ndarray, cell: int) -> np.ndarray:
-    """Bounds of bins of positions: multiples of `cell` tokens, as close as LEAST_SHARE of the bytes in each allows."""
+def position_edges(rows: np.ndarray) -> np.ndarray:
+    """Bounds of bins of positions for the rows of a condition, as close as LEAST_SHARE of the bytes in each allows.
+
+    They are multiples of the condition's chunk, in tokens, for within a chunk it is not known where the bits went.
+    """
+    cell = rows["tokens"].max()
     filled = np.bincount(rows["start"] // cell, weights=rows["bytes"])
     edges, held = [0], 0.0
     for index, count in enumerate(filled):
@@ -78,8 +82,8 @@ def position_edges(rows: np.ndarray, cell: int) -> np.ndarray:
 def bits_by_position(rows: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean position in tokens, bits per byte) of each bin; NaN where the rows have no text.
 
-    Bits per byte is the sum of all nats / ln 2, divided by the sum of all bytes. A chunk that lies in several bins is
-    shared out among them by tokens.
+    Bits per byte is the sum of all nats / ln 2, divided by the sum of all bytes. A chunk that lies in several bins, as
+    those of the flat stream do, whose rows start anywhere in a document, is shared out among them by tokens.
     """
     begins, ends = rows["start"], rows["start"] + rows["tokens"]
     position, bits = np.full((2, len(edges) - 1), np.nan)
@@ -151,18 +155,15 @@ def ladder_figure(logs: Sequence[RunLog]) -> Figure:
 
 def position_figure(rows: np.ndarray, log: RunLog) -> Figure:
     """Bits per byte against the position in the document, one line for each condition."""
-    rows = rows[(rows["doc"] >= 0) & (rows["tokens"] > 0)]  # text before the first document has no position in one
-    conditions = [rung.condition for rung in log.ladder]
-    cell = min(rows["tokens"][rows["condition"] == condition].max() for condition in conditions)
-    edges = position_edges(rows, int(cell))
-    note = f"{seeds_note([log])}; each point holds at least {LEAST_SHARE:.0%} of the text, documents pooled"
+    rows = rows[rows["doc"] >= 0]  # text before the first document has no position in one
+    note = f"{seeds_note([log])}; documents pooled, each point about {LEAST_SHARE:.0%} of the text or more"
     figure, axes = new_figure("Bits per byte by position in the document", note, [log], (0.9, 1, 3.3))
     ends = []
-    for index, condition in enumerate(conditions):
-        colour = COLOURS[index % len(COLOURS)]
-        x, y = bits_by_position(rows[rows["condition"] == condition], edges)
+    for index, rung in enumerate(log.ladder):
+        colour, mine = COLOURS[index % len(COLOURS)], rows[rows["condition"] == rung.condition]
+        x, y = bits_by_position(mine, position_edges(mine))
         axes.plot(x, y, color=colour, linewidth=2, marker="o", markersize=4)
-        ends.append((x[-1], y[-1], condition, colour))
+        ends.append((x[-1], y[-1], rung.condition, colour))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("predictions since the start of the document")

@@ -175,7 +175,7 @@ def read_log(path: Path) -> RunLog:
         partial=any(line.endswith(PARTIAL) for line in body) or config["MAX_VAL_DOCS"] != "0",
         hardware=head.split("\n")[-1],
         started=lines.one("started:", r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)")[1],
-        command=lines.one("command: ")[1],
+        command=lines.one("command: ", " *(.*)")[1],
         config=config,
         versions=lines.one("versions: ")[1],
         preset=place[1],

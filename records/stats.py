@@ -27,9 +27,8 @@ class Summary:
     p_value: float  # of a mean below the threshold
 
     def __str__(self) -> str:
-        return (
-            f"n:{self.n} mean:{self.mean:.4f} std:{self.std:.4f} threshold:{self.threshold:g} p_value:{self.p_value:g}"
-        )
+        spread = f"mean:{self.mean:.4f} std:{self.std:.4f}"
+        return f"n:{self.n} {spread} threshold:{self.threshold} p_value:{self.p_value:g}"
 
 
 def summarize(values: Sequence[float], threshold: float) -> Summary:
