@@ -1,0 +1,297 @@
+"""Read what train_gpt.py wrote to logs/{RUN_ID}.txt, and refuse what cannot be trusted.
+
+A log is the script's own source, the machine, then one line for each event. Everything that it says twice must agree:
+the source with its hash, the final lines with the ladder, bits per byte with loss, tokens and bytes, the sizes with
+their sum. Audits must have passed. Short runs (`partial`) and artifacts over the budget are read like any other, for a
+picture of them does no harm; what else a record asks for is in make_record.py.
+"""
+
+import hashlib
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import NoReturn
+
+RULE = "=" * 100  # stands before and after the lines on Python, PyTorch and the hardware
+PARTIAL = " partial"  # ends every line of a run that scored only some documents
+
+# What people call the conditions. One that is not here goes by its name alone.
+LABELS = {
+    "flat": "cross-document, flat stream",
+    "doc": "+ document-isolated",
+    "stride": "+ stride, windows that overlap",
+    "ttt": "+ LoRA test-time training",
+}
+# Lines that repeat a condition's score under the name that older tools look for; other conditions have none.
+FINAL_LINES = {
+    "flat": ("final_int8_zlib_roundtrip", "final_int8_zlib_roundtrip_exact"),
+    "ttt": ("final_int8_ttt_lora",),
+    "stream": ("final_int8_ttt_stream",),
+}
+
+NUMBER, HASH = r"(\d+\.\d+)", r"([0-9a-f]{64})"
+SCORE = rf"val_loss:{NUMBER} val_bpb:{NUMBER}"
+STEP = r"step:(\d+)/\d+ "
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The score of one condition, with the digits that were printed."""
+
+    condition: str
+    val_loss: Decimal  # nats per token
+    val_bpb: Decimal  # bits per byte
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A score along the training: a loss in nats per token after `step` steps and `milliseconds`."""
+
+    step: int
+    loss: float
+    milliseconds: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a submission."""
+
+    model: int
+    code: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """One finished run. Hashes are SHA-256 in hexadecimal."""
+
+    path: Path
+    content: bytes  # the file
+    source: str  # of train_gpt.py
+    partial: bool
+    hardware: str
+    started: str  # UTC, as in 2026-11-22T16:03:11Z, so that text sorts by time
+    command: str
+    config: Mapping[str, str]  # every setting by its variable
+    versions: str
+    preset: str
+    device: str
+    world_size: int
+    dtype: str
+    script_hash: str
+    tokenizer_hash: str
+    val_hashes: Mapping[str, str]  # by shard
+    artifact_hash: str
+    audits: tuple[str, ...]  # "bytes", "coverage condition:flat", "causality condition:ttt", ...
+    training: tuple[Point, ...]
+    validation: tuple[Point, ...]  # the last one after the last step
+    sizes: Sizes | None  # None where nothing was trained
+    ladder: tuple[Rung, ...]  # in the order of EVAL; the last is the score of the run
+    scores: tuple[str, str] | None  # path and hash of the scores file
+
+    @property
+    def seed(self) -> int:
+        """SEED of the run."""
+        return int(self.config["SEED"])
+
+    @property
+    def score(self) -> Rung:
+        """The rung that counts: the last."""
+        return self.ladder[-1]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines below the head. Those that are asked for must be there, and have the form that is expected."""
+
+    path: Path
+    lines: list[str]
+
+    def refuse(self, found: str, expected: str) -> NoReturn:
+        """Raise the `ValueError`."""
+        raise ValueError(f"{self.path}: found {found}; expected {expected}")
+
+    def all(self, prefix: str, form: str) -> list[re.Match]:
+        """Matches of the regular expression `form` with what follows `prefix` in every line that starts with it."""
+        matches = []
+        for line in self.lines:
+            if line.startswith(prefix):
+                match = re.fullmatch(form, line.removeprefix(prefix))
+                matches.append(match or self.refuse(repr(line), f"'{prefix}' and then {form}"))
+        return matches
+
+    def one(self, prefix: str, form: str = "(.*)") -> re.Match:
+        """The match of the only line that starts with `prefix`."""
+        matches = self.all(prefix, form)
+        if len(matches) != 1:
+            self.refuse(f"{len(matches)} lines '{prefix}'", "one")
+        return matches[0]
+
+
+def agree(a: Decimal, b: Decimal) -> bool:
+    """Whether two printed numbers can be the same number, rounded to the digits that each shows."""
+    return abs(a - b) <= (half_digit(a) + half_digit(b))
+
+
+def half_digit(number: Decimal) -> Decimal:
+    """How far rounding can have moved a printed number."""
+    return Decimal(1).scaleb(number.as_tuple().exponent) / 2
+
+
+def read_log(path: Path) -> RunLog:
+    """The run in this file. `ValueError`, in one line, for a log that contradicts itself or is no finished run."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: found bytes that are not UTF-8; expected a log of train_gpt.py") from None
+    parts = text.split(f"\n{RULE}\n")
+    if len(parts) != 3:
+        raise ValueError(
+            f"{path}: found {len(parts) - 1} lines of 100 '='; expected 2: the head of one run, "
+            "and a RUN_ID of its own for each run"
+        )
+    source, head, body = parts
+    body = body.split("\n")
+    lines = Lines(path, [line.removesuffix(PARTIAL) for line in body])
+    for line in lines.lines:
+        if line.startswith("error: "):
+            lines.refuse(repr(line), "a run that came to its end")
+    config = read_config(lines)
+    conditions = config["EVAL"].split(",")
+    place = lines.one("preset:", r"(\w+) device:(\S+) world_size:(\d+) dtype:(\S+) \(.*\)")
+    validation = points(lines, SCORE)
+    scores = lines.all("scores:", rf"(.+) rows:\d+ sha256:{HASH}")
+    return RunLog(
+        path=path,
+        content=content,
+        source=source,
+        partial=any(line.endswith(PARTIAL) for line in body) or config["MAX_VAL_DOCS"] != "0",
+        hardware=head.split("\n")[-1],
+        started=lines.one("started:", r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)")[1],
+        command=lines.one("command: ", " *(.*)")[1],
+        config=config,
+        versions=lines.one("versions: ")[1],
+        preset=place[1],
+        device=place[2],
+        world_size=int(place[3]),
+        dtype=place[4],
+        script_hash=read_script_hash(lines, source),
+        tokenizer_hash=lines.one("sha256 tokenizer:", HASH)[1],
+        val_hashes={match[2]: match[1] for match in lines.all("sha256 val:", rf"{HASH} (\S+)")}
+        or lines.refuse("no line 'sha256 val:'", "one for each validation shard"),
+        artifact_hash=lines.one("sha256 artifact:", rf"{HASH} \S+")[1],
+        audits=read_audits(lines, conditions),
+        training=points(lines, rf"train_loss:{NUMBER}"),
+        validation=validation,
+        sizes=read_sizes(lines, source) if validation else None,  # an EVAL_ONLY run has no last step to validate
+        ladder=read_ladder(lines, conditions),
+        scores=(scores[-1][1], scores[-1][2]) if scores else None,
+    )
+
+
+def read_config(lines: Lines) -> dict[str, str]:
+    """Every setting of the run."""
+    text = lines.one("config: ")[1]
+    try:
+        config = dict(word.split("=", 1) for word in shlex.split(text))
+    except ValueError:
+        lines.refuse(f"'config: {text}'", "NAME=value pairs, quoted as a shell would read them")
+    forms = {"EVAL": r"\w+(,\w+)*", "SEED": r"\d+", "MAX_VAL_DOCS": r"\d+", "MODEL_PATH": ".*"}
+    for name, form in (forms | {"MAX_WALLCLOCK_SECONDS": r"\d+(\.\d+)?"}).items():
+        if name not in config or not re.fullmatch(form, config[name]):
+            lines.refuse(f"{name}={config.get(name)} in the line 'config:'", f"a value of the form {form}")
+    return config
+
+
+def read_script_hash(lines: Lines, source: str) -> str:
+    """The hash of the script, which must be that of the source at the head of the log."""
+    printed, actual = lines.one("sha256 script:", HASH)[1], hashlib.sha256(source.encode()).hexdigest()
+    if printed != actual:
+        lines.refuse(f"a source text with sha256 {actual}", f"{printed}, as in the line 'sha256 script:'")
+    return printed
+
+
+def points(lines: Lines, form: str) -> tuple[Point, ...]:
+    """The progress lines of this form, whose first group is a loss. Others report something else."""
+    pattern = re.compile(STEP + form + r" train_time:(\d+)ms step_avg:\d+\.\d+ms")
+    matches = [match for line in lines.lines if (match := pattern.fullmatch(line))]
+    return tuple(Point(int(match[1]), float(match[2]), int(match[match.re.groups])) for match in matches)
+
+
+def read_sizes(lines: Lines, source: str) -> Sizes:
+    """The bytes of the submission, added up again."""
+    model = int(lines.one("Serialized model int8+zlib: ", r"(\d+) bytes .*")[1])
+    code = int(lines.one("Code size: ", r"(\d+) bytes")[1])
+    added = int(lines.one("Total submission size int8+zlib: ", r"(\d+) bytes")[1])
+    size = lines.one("submission_size:", r"(\d+) budget:(\d+) headroom:-?\d+ (PASS|FAIL)")
+    total, budget = int(size[1]), int(size[2])
+    if code != len(source.encode()):
+        lines.refuse(f"'Code size: {code} bytes'", f"{len(source.encode())}, the size of the source in the log")
+    if not model + code == added == total:
+        lines.refuse(f"a submission of {added} and of {total} bytes", f"model {model} + code {code} = {model + code}")
+    if (size[3] == "PASS") != (total <= budget):
+        lines.refuse(f"'submission_size:{size[0]}'", "PASS where the budget is kept, else FAIL")
+    return Sizes(model, code, total)
+
+
+def read_audits(lines: Lines, conditions: list[str]) -> tuple[str, ...]:
+    """The audits that the run made. All must have passed; bytes and the coverage of each condition must be there."""
+    audits = tuple(f"{m[1]} {m[2] or ''}".rstrip() for m in lines.all("audit ", r"(\w+): (condition:\w+)?.*\bPASS"))
+    for needed in ("bytes", *(f"coverage condition:{condition}" for condition in conditions)):
+        if audits.count(needed) != 1:
+            lines.refuse(f"{audits.count(needed)} lines for the audit '{needed}'", "one, which ends in PASS")
+    return audits
+
+
+def read_ladder(lines: Lines, conditions: list[str]) -> tuple[Rung, ...]:
+    """The scores in the order of EVAL, checked against themselves, their deltas and the final lines."""
+    form = rf"(\w+) {SCORE} delta_bpb:([+-]\d+\.\d+) docs:\d+ tokens:(\d+) bytes:(\d+) eval_time:\d+ms"
+    matches = lines.all("ladder condition:", form)
+    if [match[1] for match in matches] != conditions:
+        found = ",".join(match[1] for match in matches)
+        lines.refuse(f"ladder lines for '{found}'", f"those of EVAL, '{','.join(conditions)}', in that order")
+    ladder = tuple(Rung(m[1], Decimal(m[2]), Decimal(m[3]), int(m[5]), int(m[6])) for m in matches)
+    for rung, match in zip(ladder, matches, strict=True):
+        check_bits(lines, rung)
+        delta, expected = Decimal(match[4]), rung.val_bpb - ladder[0].val_bpb
+        if abs(delta - expected) > half_digit(delta) + 2 * half_digit(rung.val_bpb):  # two rounded scores
+            lines.refuse(f"condition:{rung.condition} delta_bpb:{match[4]}", f"{expected:+}, the step from the first")
+    check_final_lines(lines, ladder)
+    return ladder
+
+
+def check_bits(lines: Lines, rung: Rung) -> None:
+    """Refuse bits per byte that are not the loss in bits, times tokens, divided by bytes."""
+    if not rung.bytes:
+        lines.refuse(f"condition:{rung.condition} bytes:0", "scored text")
+    bits_per_nat = rung.tokens / rung.bytes / math.log(2)
+    expected = float(rung.val_loss) * bits_per_nat
+    rounding = float(half_digit(rung.val_bpb)) + float(half_digit(rung.val_loss)) * bits_per_nat
+    if abs(float(rung.val_bpb) - expected) > rounding + 1e-12:
+        lines.refuse(
+            f"condition:{rung.condition} val_bpb:{rung.val_bpb}",
+            f"{expected:.6f} = val_loss {rung.val_loss} / ln 2 * {rung.tokens} tokens / {rung.bytes} bytes",
+        )
+
+
+def check_final_lines(lines: Lines, ladder: tuple[Rung, ...]) -> None:
+    """Refuse final lines that are missing, of other conditions, or of other scores than the ladder's."""
+    matches = lines.all("final_", rf"(\w+) {SCORE}( eval_time:\d+ms)?")
+    found = ["final_" + match[1] for match in matches]
+    rungs = [(name, rung) for rung in ladder for name in FINAL_LINES.get(rung.condition, ())]
+    expected = [name for name, _ in rungs]
+    if found != expected:
+        lines.refuse(f"final lines '{', '.join(found)}'", f"'{', '.join(expected)}', since EVAL has those conditions")
+    for (name, rung), match in zip(rungs, matches, strict=True):
+        if not (agree(Decimal(match[2]), rung.val_loss) and agree(Decimal(match[3]), rung.val_bpb)):
+            lines.refuse(
+                f"{name} val_loss:{match[2]} val_bpb:{match[3]}",
+                f"the ladder's val_loss:{rung.val_loss} val_bpb:{rung.val_bpb}",
+            )
