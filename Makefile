@@ -10,12 +10,13 @@ TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone
 .PHONY: demo test lint fineweb train clean
 .DELETE_ON_ERROR:
 
-# Train a small GPT on text that is already on this machine, make the artifact, score it. About 5 minutes on 2 cores after the installation.
-demo: $(DEMO)/manifest.json
-	PRESET=cpu OUT_DIR=out/demo RUN_ID=demo-$$(date +%Y%m%d-%H%M%S) sh -c ' \
+# Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 5 minutes on 2 cores after the installation.
+demo: $(DEMO)/manifest.json $(VENV)/dev
+	PRESET=cpu OUT_DIR=out/demo SCORES_PATH=scores.csv RUN_ID=demo-$$(date +%Y%m%d-%H%M%S) sh -c ' \
 	  $(TORCHRUN) --nproc_per_node=1 train_gpt.py && \
-	  echo && grep "^final_" "out/demo/logs/$$RUN_ID.txt" && \
-	  echo && ls -l out/demo/final_model.int8.ptz out/demo/final_model.pt "out/demo/logs/$$RUN_ID.txt"'
+	  $(BIN)/python records/plot.py out/demo/scores.csv "out/demo/logs/$$RUN_ID.txt" --out out/demo && \
+	  echo && grep "^ladder\|^final_" "out/demo/logs/$$RUN_ID.txt" && \
+	  echo && ls -l out/demo/*.ptz out/demo/*.pt out/demo/*.csv out/demo/*.png "out/demo/logs/$$RUN_ID.txt"'
 
 # Lint, then every test. .ci/run does the same.
 test: lint

@@ -200,8 +200,8 @@ def check_config(cfg: Config, world: int) -> None:
     rules = (
         (re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}|", cfg.run_id),
          f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it"),
-        (not cfg.scores_path or cfg.scores_path.endswith(".csv"),
-         f"SCORES_PATH={cfg.scores_path!r}: expected a name that ends in .csv; rename it"),
+        (not cfg.scores_path or (cfg.scores_path.endswith(".csv") and not Path(cfg.out_dir, cfg.scores_path).is_dir()),
+         f"SCORES_PATH={cfg.scores_path!r}: expected the name of a file, ending in .csv; rename it"),
         (cfg.model_path or not cfg.eval_only,
          "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH"),
         (cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
@@ -270,16 +270,15 @@ class Runtime:
         for path in (self.log_path, Path(cfg.out_dir, cfg.scores_path)):
             path.parent.mkdir(parents=True, exist_ok=True)
         settings = {f.name.upper(): shlex.quote(spell(getattr(cfg, f.name))) for f in fields(cfg)}
-        given = " ".join(f"{name}={shlex.quote(env[name])}" for name in settings if name in env)
+        given = [f"{name}={shlex.quote(env[name])}" for name in settings if name in env]
         launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
-        rule, version = "=" * 100, torch.__version__
-        self.log(f"{source_code()}\n{rule}\nRunning Python {sys.version}\nRunning PyTorch {version}", console=False)
-        self.log(f"{describe_device(self.device)}\n{rule}", console=False)
-        self.log(time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime()), console=False)
-        self.log(f"command: {given} {launcher} train_gpt.py", console=False)
-        self.log("config: " + " ".join(f"{name}={value}" for name, value in settings.items()), console=False)
-        others = f"numpy:{np.__version__} sentencepiece:{sentencepiece.__version__}"
-        self.log(f"versions: python:{platform.python_version()} torch:{version} {others}", console=False)
+        rule, versions = "=" * 100, f"numpy:{np.__version__} sentencepiece:{sentencepiece.__version__}"
+        head = [source_code(), rule, f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}"]
+        head += [describe_device(self.device), rule, time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
+        head += [" ".join(["command:", *given, launcher, "train_gpt.py"])]
+        head += ["config: " + " ".join(f"{name}={value}" for name, value in settings.items())]
+        head += [f"versions: python:{platform.python_version()} torch:{torch.__version__} {versions}"]
+        self.log("\n".join(head), console=False)
         dtype, why = choose_dtype(cfg)
         self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
         self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
@@ -348,14 +347,6 @@ class Runtime:
         layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         hidden = not self.log_path or not sys.stderr.isatty()
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
-
-    def wants_compile(self, cfg: Config) -> bool:
-        """COMPILE=auto compiles where it pays: on CUDA, and on CPUs for trainings of some length.
-
-        On two cores it takes half a minute and then saves a third of every step (records/NOTES.md).
-        """
-        long = (cfg.max_wallclock_seconds or math.inf) >= 120 and cfg.iterations >= 200
-        return cfg.compile == "1" or (cfg.compile == "auto" and (self.device.type == "cuda" or long))
 
 
 def keep_freed_memory() -> None:
@@ -512,12 +503,6 @@ def open_shards(folder: str, pattern: str) -> list[np.ndarray]:
     return [open_shard(path) for path in paths]
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
-    """`UserError` if a token id does not fit the model's vocabulary."""
-    if (top := int(ids.max())) >= vocab_size:
-        raise UserError(f"{where}: token id {top}, expected ids below {vocab_size}; take the tokenizer that made it")
-
-
 class TokenStream:
     """The training tokens of all shards in order, wrapping forever. Its whole state is `position`."""
 
@@ -574,10 +559,8 @@ def split_documents(stream: np.ndarray, bos: int, limit: int, table: ByteTable, 
     predictions = np.append(starts[1:], len(stream) - 1) - starts if len(starts) else starts
     sizes, scored = table.count(stream[:-1], stream[1:]), predictions > 0
     if not scored.any() or not sizes.any():
-        raise UserError(
-            f"validation shards: {len(stream)} tokens with {len(starts)} BOS (id {bos}), {sizes.sum()} bytes of text:"
-            " nothing to predict; expected a BOS before each document and text after it; see data/README.md"
-        )
+        found = f"{len(starts)} BOS (id {bos}) and {sizes.sum()} bytes of text in {len(stream)} tokens"
+        raise UserError(f"validation shards: {found}: nothing to predict; expected BOS, then text; see data/README.md")
     excluded = {"before_first_bos": int(starts[0]), "documents_of_one_token": int((~scored).sum())}
     excluded["beyond_max_val_docs"] = total - len(stream)
     tokens, sizes = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (stream, sizes))
@@ -1025,6 +1008,12 @@ class Condition:
     isolated: bool = True  # False: rows of the stream, whatever documents they cut, take the place of documents
     final: str = ""  # what the record calls this rung in a line of its own
 
+    def spans(self, docs: Documents) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, predictions) of what is scored by itself: the documents, or the whole rows of the stream."""
+        rows = (len(docs.tokens) - 1) // self.chunk
+        alone = np.arange(rows) * self.chunk, np.full(rows, self.chunk)
+        return (docs.starts, docs.predictions) if self.isolated else alone
+
 
 def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN."""
@@ -1039,44 +1028,39 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     }
 
 
-def spans(docs: Documents, how: Condition) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, predictions) of what is scored by itself: the documents, or the whole rows of the stream."""
-    if how.isolated:
-        return docs.starts, docs.predictions
-    rows = (len(docs.tokens) - 1) // how.chunk
-    return np.arange(rows) * how.chunk, np.full(rows, how.chunk)
-
-
 @dataclass(frozen=True)
 class Score:
-    """Cross-entropy of scored tokens, in columns with one entry for each chunk of a document that has any."""
+    """Cross-entropy of scored tokens, in columns with one entry for each piece of a document that has any.
+
+    Pieces are as long as a chunk of `ttt` under every condition, so that conditions compare piece by piece.
+    """
 
     columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
 
     @classmethod
-    def tally(cls, ledger: Tensor, docs: Documents, how: Condition) -> Score:
+    def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int) -> Score:
         """From all ranks' `ledger` (2, n - 1): for each position of the stream, its loss and how often it was scored.
 
         This is also the audit of coverage: `AgreedError` unless every position that `how` covers was scored exactly
         once, no other ever was, and every loss is finite. Tokens before the first BOS count as document -1.
         """
         losses, times = ledger.cpu().numpy()
-        starts, predictions = spans(docs, how)
+        starts, predictions = how.spans(docs)
         due = np.zeros_like(times)
         due[starts[0] : starts[-1] + predictions[-1]] = 1
         for p in np.flatnonzero((times != due) | ~np.isfinite(losses))[:1]:
             found = f"scored {times[p]:g} times, loss {losses[p]:g}"
             raise AgreedError(f"audit coverage: position {p}: {found}; expected {due[p]:g} times and a finite loss")
         lead = [0] if docs.starts[0] else []
-        starts, sizes = np.append(lead, docs.starts), np.append(docs.starts[: len(lead)], docs.predictions)
-        chunks = -(-sizes // how.chunk)
-        row = np.repeat(np.arange(len(sizes)), chunks)
-        chunk = np.arange(len(row)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        edges, sizes = (starts[row] + chunk * how.chunk).astype(np.int64), docs.bytes.cpu().numpy() * (times > 0)
-        tokens, count = (np.add.reduceat(part, edges, dtype=np.int64) for part in (times, sizes))
+        starts, lengths = np.append(lead, docs.starts), np.append(docs.starts[: len(lead)], docs.predictions)
+        pieces = -(-lengths // size)
+        doc = np.repeat(np.arange(len(pieces)), pieces)
+        chunk = np.arange(len(doc)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        edges, count = (starts[doc] + chunk * size).astype(np.int64), docs.bytes.cpu().numpy() * (times > 0)
+        tokens, count = (np.add.reduceat(part, edges, dtype=np.int64) for part in (times, count))
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
-        columns = dict(doc=row - len(lead), chunk=chunk, start=chunk * how.chunk, tokens=tokens, bytes=count)
-        return cls({name: column[tokens > 0] for name, column in (columns | {"loss_nats": nats}).items()})
+        columns = dict(doc=doc - len(lead), chunk=chunk, start=chunk * size, tokens=tokens, bytes=count, loss_nats=nats)
+        return cls({name: column[tokens > 0] for name, column in columns.items()})
 
     @functools.cached_property
     def totals(self) -> tuple[float, int, int]:
@@ -1175,7 +1159,7 @@ def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Ru
     lesson nobody would hear. Documents are shared over the ranks by chunks and run `how.batch` at a time, longest
     first; one that has ended leaves the batch. Returns the `ledger` of `Score.tally`, the same on every rank.
     """
-    starts, predictions = spans(docs, how)
+    starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
     mine = share_documents(chunks, rt.world)[rt.rank]
     adapters = DocumentAdapters(model, cfg, rt) if how.learn else None
@@ -1206,7 +1190,7 @@ def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Ru
 
 def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> Score:
     """The score of the whole validation stream under one condition, the same on every rank."""
-    return Score.tally(fill_ledger(model, docs, how, cfg, rt), docs, how)
+    return Score.tally(fill_ledger(model, docs, how, cfg, rt), docs, how, cfg.ttt_chunk_size)
 
 
 # ==== Audits: what makes a score worth believing ======================================================================
@@ -1234,10 +1218,8 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProce
         if counted != spelled:
             wrong = [i for i in plain if spell_out([i]) != table.base[i] + table.leading_space[i]]
             piece = f"piece {tokenizer.id_to_piece(wrong[0])!r}" if wrong else "the way that pieces join"
-            raise UserError(
-                f"audit bytes: the document at token {begin} brings {counted} counted bytes to {spelled} of decoded"
-                f" text, because of {piece}; expected equal numbers, or no bpb is right; take another tokenizer"
-            )
+            found = f"{counted} bytes were counted where the decoded text has {spelled}, because of {piece}"
+            raise UserError(f"audit bytes: up to token {end} {found}; no bpb is right; take another tokenizer")
     rt.log(f"audit bytes: documents:{len(picks)} of:{len(docs.starts)} table_bytes:{counted} text_bytes:{spelled} PASS")
 
 
@@ -1266,28 +1248,27 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
 
     alone = replace(rt, rank=0, world=1, log_path=None)
     once, again = play(tokens), play(altered)
+    moved = (once - again).abs().max().item() if len(once) else 0.0
     # Where kernels do not repeat to the bit (CUDA adds in any order), a third run tells noise from a leak.
-    if not torch.equal(once, again) and (once - again).abs().max() > 10 * (once - play(tokens)).abs().max():
-        raise UserError(
-            f"audit causality: found scores moved by up to {(once - again).abs().max():g} nats by later tokens or other"
-            " documents; expected no change: this evaluation leaks, and its score is void"
-        )
+    if moved and moved > 10 * (once - play(tokens)).abs().max().item():
+        found = f"later tokens or other documents moved scores by up to {moved:g} nats"
+        raise UserError(f"audit causality: {found}; expected no change: this evaluation leaks, its score is void")
     return len(once)
 
 
 # ==== Training ========================================================================================================
 
 
-Forward = Callable[[Tensor, Tensor], Tensor]  # GPT.forward for training, perhaps compiled
-
-
-def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Forward:
+def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, Tensor], Tensor]:
     """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model itself.
 
-    Runs once forward and backward on zeros, so that neither the compiler's time nor its failure falls into training.
-    Evaluations never run compiled code: a score is the same whether or not the run that prints it could compile.
+    COMPILE=auto compiles on CUDA, and on CPUs for trainings of some length: on two cores it takes a minute and then
+    saves a quarter of every step (records/NOTES.md). Runs once forward and backward on zeros, so that neither the
+    compiler's time nor its failure falls into training. Evaluations never run compiled code, so that a score is the
+    same whether or not the run that prints it could compile.
     """
-    if not rt.wants_compile(cfg):
+    long = (cfg.max_wallclock_seconds or math.inf) >= 120 and cfg.iterations >= 200
+    if cfg.compile == "0" or (cfg.compile == "auto" and rt.device.type == "cpu" and not long):
         return model
     rt.log("compile:started")
     began, failure = rt.seconds(), ""
@@ -1309,7 +1290,7 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Forward:
 class Trainer:
     """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent."""
 
-    def __init__(self, model: GPT, forward: Forward, stream: TokenStream, cfg: Config, rt: Runtime) -> None:
+    def __init__(self, model: GPT, forward: Callable, stream: TokenStream, cfg: Config, rt: Runtime) -> None:
         self.model, self.forward, self.stream, self.cfg, self.rt = model, forward, stream, cfg, rt
         self.step, self.elapsed_ms, self.mark = 0, 0.0, 0.0
         self.params = {name: p for name, p in model.named_parameters() if p.numel()}  # one layer: no skip weights
@@ -1345,10 +1326,9 @@ class Trainer:
         """`AgreedError` if a gradient so far was not finite, be it for a loss or a weight that was not."""
         if (fault := int(self.fault)) < int(self.no_fault):
             step, index = divmod(fault, len(self.params))
-            raise AgreedError(
-                f"step {step + 1}: the gradient of {list(self.params)[index]} is not finite; the last good state is"
-                f" that after step {step}; nothing was exported; lower the learning rates or set GRAD_CLIP_NORM"
-            )
+            found = f"step {step + 1}: the gradient of {list(self.params)[index]} is not finite"
+            lost = f"the last good state is that after step {step}; nothing was exported"
+            raise AgreedError(f"{found}; {lost}; lower the learning rates or set GRAD_CLIP_NORM")
 
     def warm_up(self) -> None:
         """WARMUP_STEPS real steps, which prime allocators and kernels; then everything goes back to the start."""
@@ -1428,7 +1408,8 @@ def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
     shards = open_shards(cfg.data_path, "fineweb_val_*.bin")
     val, tokenizer = np.concatenate(shards), load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
     for shard in (val, *train[rt.rank :: rt.world]):  # the ranks share the reading
-        check_ids(shard, cfg.vocab_size, cfg.data_path)
+        if (top := int(shard.max())) >= (most := cfg.vocab_size):
+            raise UserError(f"{cfg.data_path}: token id {top}, expected ids below {most}; take its own tokenizer")
     table = ByteTable.build(tokenizer)
     docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
     rt.log(f"sha256 tokenizer:{sha256(Path(cfg.tokenizer_path).read_bytes())}")

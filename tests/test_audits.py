@@ -81,7 +81,7 @@ def test_a_wrong_piece_is_named(tokenizer, rt):
     assert the in tokenizer.encode("or the end")
     table = changed_table(tokenizer, base=lambda base: base.__setitem__(the, 4))  # the space counted twice
     docs = documents(tokenizer, ["plain", "or the end"], table)
-    with pytest.raises(tg.UserError, match=r"audit bytes: the document at token \d+ .*because of piece '▁the'"):
+    with pytest.raises(tg.UserError, match=r"audit bytes: .* because of piece '▁the'"):
         tg.audit_bytes(docs, table, tokenizer, rt)
 
 
@@ -133,7 +133,7 @@ def test_spaces_inside_pieces_count_one_byte_each(spaced, rt, text):
 def test_a_run_that_counts_wrongly_prints_no_score(tmp_path, ranks):
     script = changed_script(tmp_path, "+ (self.leading_space[target]", "+ 2 * (self.leading_space[target]")
     done = run_script(tmp_path, ranks, script, **EVAL_ARTIFACT)
-    assert refusal(done).startswith("error: audit bytes: the document at token 0 ")
+    assert refusal(done).startswith("error: audit bytes: up to token ")
     assert "bpb" not in done.stdout
 
 
@@ -207,7 +207,7 @@ BUGS = {
 def test_a_leak_is_found(scored, rt, monkeypatch, bug):
     model, docs, cfg = scored
     monkeypatch.setattr(*BUGS[bug])
-    with pytest.raises(tg.UserError, match=r"audit causality: found scores moved by up to .*leaks"):
+    with pytest.raises(tg.UserError, match=r"audit causality: .* moved scores by up to .*leaks"):
         tg.audit_causality(model, docs, HOW, cfg, rt)
 
 
@@ -301,4 +301,4 @@ def test_shards_of_zero_bytes_are_refused(tmp_path):
     for kind in ("train", "val"):
         write_shard(tmp_path / f"fineweb_{kind}_000000.bin", [1, 2, 1, 2])
     line = refusal(run_script(tmp_path, DATA_PATH=str(tmp_path)))
-    assert "4 tokens with 2 BOS (id 1), 0 bytes of text: nothing to predict" in line
+    assert "2 BOS (id 1) and 0 bytes of text in 4 tokens: nothing to predict" in line

@@ -297,7 +297,7 @@ def with_lead(lengths):
 
 @pytest.mark.parametrize("name", ["flat", "doc", "stride", "ttt"])
 def test_columns_add_up_chunk_by_chunk(rt, name):
-    """Every row against sums taken straight from the ledger, with documents as the spec cuts them."""
+    """Every row against sums taken straight from the ledger: pieces of one length, whatever the condition's chunk."""
     cfg = tiny_config()
     model, docs = tiny_model(cfg, rt), with_lead([2, 8, 40, 9, 70])
     how = tg.ladder(docs, cfg, rt)[name]
@@ -306,13 +306,13 @@ def test_columns_add_up_chunk_by_chunk(rt, name):
     starts, ends = docs.starts, docs.starts + docs.predictions
     expected = []
     for d, (start, end) in enumerate([(0, 5), *zip(starts, ends, strict=True)], start=-1):
-        for c, edge in enumerate(range(start, end, how.chunk)):
-            part = slice(edge, min(edge + how.chunk, end))
+        for c, edge in enumerate(range(start, end, C)):
+            part = slice(edge, min(edge + C, end))
             if times[part].sum():
                 size = int((docs.bytes.numpy()[part] * times[part]).sum())
                 nats = pytest.approx(losses[part].sum(), rel=1e-12)
                 expected.append((d, c, edge - start, int(times[part].sum()), size, nats))
-    result = tg.Score.tally(ledger, docs, how)
+    result = tg.Score.tally(ledger, docs, how, C)
     assert list(result.columns) == ["doc", "chunk", "start", "tokens", "bytes", "loss_nats"]
     assert list(zip(*(column.tolist() for column in result.columns.values()), strict=True)) == expected
     covered = len(docs.tokens) - 1 - 5 if name != "flat" else (len(docs.tokens) - 1) // 32 * 32
@@ -326,16 +326,16 @@ def test_coverage_refuses_what_is_not_scored_once(rt, row, value, found, positio
     docs, how = with_lead([20, 30]), tg.Condition(C, W, 4)
     ledger = torch.ones(2, len(docs.tokens) - 1)
     ledger[:, :5] = 0  # before the first BOS
-    tg.Score.tally(ledger, docs, how)
+    tg.Score.tally(ledger, docs, how, C)
     ledger[row, position] = value
     with pytest.raises(tg.AgreedError, match=rf"audit coverage: position {position % ledger.shape[1]}: .*{found}"):
-        tg.Score.tally(ledger, docs, how)
+        tg.Score.tally(ledger, docs, how, C)
 
 
 def test_coverage_refuses_a_score_before_the_first_document(rt):
     docs, how = with_lead([20, 30]), tg.Condition(C, W, 4)
     with pytest.raises(tg.AgreedError, match=r"position 0: scored 1 times.*expected 0 times"):
-        tg.Score.tally(torch.ones(2, len(docs.tokens) - 1), docs, how)
+        tg.Score.tally(torch.ones(2, len(docs.tokens) - 1), docs, how, C)
 
 
 def test_scores_file_adds_up_to_the_totals(rt, tmp_path):

@@ -157,14 +157,17 @@ def test_without_compiling_the_model_itself_runs(rt):
     assert tg.compile_forward(model, tiny_config(compile="0"), rt) is model
 
 
-def test_compiling_is_for_trainings_that_repay_it(rt):
+def test_compiling_is_for_trainings_that_repay_it(rt, monkeypatch):
     """On a CPU: two minutes and 200 steps; COMPILE=0 and 1 are obeyed."""
     for seconds, steps, compile, wanted in (
         (0.0, 199, "auto", False), (0.0, 200, "auto", True), (119.0, 10**6, "auto", False), (120.0, 200, "auto", True),
         (600.0, 10**6, "0", False), (1.0, 1, "1", True),
     ):  # fmt: skip
         cfg = tiny_config(max_wallclock_seconds=seconds, iterations=steps, compile=compile)
-        assert rt.wants_compile(cfg) == wanted
+        model, asked = tiny_model(cfg, rt), []
+        monkeypatch.setattr(torch, "compile", lambda model, asked=asked, **options: asked.append(options) or model)
+        tg.compile_forward(model, cfg, rt)
+        assert bool(asked) == wanted
 
 
 def test_training_lowers_the_loss(rt, tmp_path):
