@@ -1,6 +1,7 @@
 """The README cannot disagree with the program."""
 
 import dataclasses
+import re
 
 from conftest import ROOT
 
@@ -23,6 +24,13 @@ def test_settings_table_is_the_program_s():
 
 
 def test_every_file_named_in_the_map_exists():
-    for name in ("train_gpt.py", "data/README.md", "records/README.md", "records/NOTES.md", "tests/conformance",
-                 "Makefile", ".ci/run", "requirements.txt", "requirements-dev.txt", "LICENSE"):  # fmt: skip
+    for name in (
+        "train_gpt.py", "data/README.md", "records/README.md", "records/NOTES.md", "benchmarks/README.md",
+        "tests/conformance", "Makefile", ".ci/run", "requirements.txt", "requirements-dev.txt", "LICENSE",
+    ):  # fmt: skip
         assert (ROOT / name).exists(), name
+
+
+def test_every_picture_is_there():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert pictures and all((ROOT / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
