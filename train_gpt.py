@@ -1051,13 +1051,15 @@ class Score:
         for p in np.flatnonzero((times != due) | ~np.isfinite(losses))[:1]:
             found = f"scored {times[p]:g} times, loss {losses[p]:g}"
             raise AgreedError(f"audit coverage: position {p}: {found}; expected {due[p]:g} times and a finite loss")
-        lead = [0] if docs.starts[0] else []
-        starts, lengths = np.append(lead, docs.starts), np.append(docs.starts[: len(lead)], docs.predictions)
+        lead = docs.starts[:1][docs.starts[:1] > 0]  # tokens before the first BOS, if any
+        starts, lengths = np.append(0 * lead, docs.starts), np.append(lead, docs.predictions)
         pieces = -(-lengths // size)
         doc = np.repeat(np.arange(len(pieces)), pieces)
         chunk = np.arange(len(doc)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        edges, count = (starts[doc] + chunk * size).astype(np.int64), docs.bytes.cpu().numpy() * (times > 0)
+        edges, count = starts[doc] + chunk * size, docs.bytes.cpu().numpy() * (times > 0)
         tokens, count = (np.add.reduceat(part, edges, dtype=np.int64) for part in (times, count))
+        if not count.any():
+            raise AgreedError("audit coverage: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
         columns = dict(doc=doc - len(lead), chunk=chunk, start=chunk * size, tokens=tokens, bytes=count, loss_nats=nats)
         return cls({name: column[tokens > 0] for name, column in columns.items()})

@@ -358,3 +358,12 @@ def test_bits_per_byte_divides_bits_by_bytes():
     result = tg.Score(columns)
     assert (result.loss, result.bpb) == (pytest.approx(math.log(2) * 12 / 5), pytest.approx(1.5))
     assert str(result) == "val_loss:1.6636 val_bpb:1.5000"
+
+
+def test_a_score_over_no_bytes_is_refused(rt):
+    """A row of control pieces before the only text: the flat stream has nothing to divide by."""
+    stream = np.array([*[1, 2] * 16, 1, 9])
+    docs = tg.split_documents(stream, 1, 0, tiny_table(96), torch.device("cpu"))
+    docs.bytes[:32] = 0
+    with pytest.raises(tg.AgreedError, match="0 bytes"):
+        flat_score(tiny_model(tiny_config(), rt), docs, tiny_config(), rt)
