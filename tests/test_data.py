@@ -93,19 +93,19 @@ def test_documents_reach_to_the_next_bos():
     docs = tg.split_documents(np.array([1, 5, 6, 1, 1, 7, 1, 8, 9]), 1, 0, tiny_table(96), CPU)
     assert docs.starts.tolist() == [0, 3, 4, 6]
     assert docs.predictions.tolist() == [3, 1, 2, 2]
-    assert docs.excluded == {"before_first_bos": 0, "documents_of_one_token": 0, "beyond_max_val_docs": 0}
+    assert (docs.short, docs.beyond) == (0, 0)
 
 
 def test_what_is_left_out_is_counted():
     docs = tg.split_documents(np.array([5, 6, 7, 1, 8, 1]), 1, 0, tiny_table(96), CPU)
     assert (docs.starts.tolist(), docs.predictions.tolist()) == ([3], [2])
-    assert docs.excluded == {"before_first_bos": 3, "documents_of_one_token": 1, "beyond_max_val_docs": 0}
+    assert (docs.short, docs.beyond) == (1, 0)
 
 
 def test_limit_keeps_the_closing_bos():
     stream = np.array([1, 5, 6, 1, 7, 8, 9, 1, 10])
     docs, whole, beyond = (tg.split_documents(stream, 1, limit, tiny_table(96), CPU) for limit in (2, 0, 9))
-    assert docs.excluded["beyond_max_val_docs"] == 1
+    assert (docs.short, docs.beyond) == (0, 1)
     assert (docs.starts.tolist(), docs.predictions.tolist(), len(docs.tokens)) == ([0, 3], [3, 4], 8)
     assert whole.predictions.tolist() == beyond.predictions.tolist() == [3, 4, 1]
 

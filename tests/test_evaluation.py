@@ -367,3 +367,12 @@ def test_a_score_over_no_bytes_is_refused(rt):
     docs.bytes[:32] = 0
     with pytest.raises(tg.AgreedError, match="0 bytes"):
         flat_score(tiny_model(tiny_config(), rt), docs, tiny_config(), rt)
+
+
+def test_totals_are_rounded_once():
+    """Sums in any order, and those of whoever adds the file up exactly, are the printed totals."""
+    nats = np.random.default_rng(0).random(10_001) * 10.0 ** np.random.default_rng(1).integers(-8, 8, 10_001)
+    ones = np.ones(len(nats), dtype=np.int64)
+    totals = [tg.Score({"tokens": ones, "bytes": ones, "loss_nats": n}).totals for n in (nats, nats[::-1])]
+    assert totals[0] == totals[1] == (math.fsum(nats), len(nats), len(nats))
+    assert float(nats.sum()) != math.fsum(nats)
