@@ -468,10 +468,7 @@ class ByteTable:
             rows.append((size if text else 0, text and not byte and piece.startswith("▁"), text))
         base, space, text = np.array(rows, dtype=np.int64).T
         if not text[tokenizer.piece_to_id("▁")]:
-            raise UserError(
-                "TOKENIZER_PATH: found no piece '▁', expected one: without it no byte count of a space is right; train"
-                " the tokenizer anew with '▁' among its required characters"
-            )
+            raise UserError("TOKENIZER_PATH: found no piece '▁', expected one, else spaces miscount; train it with one")
         return cls(base, space.astype(bool), text.astype(bool))
 
     def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -1228,13 +1225,13 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProce
 
 
 def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> str:
-    """Score three documents twice; the second time two of them lose every token after a cut, the third every token.
+    """Score three documents twice; the second time all tokens of one and those after a cut in the others are random.
 
     What precedes a cut must score the same to the last bit (on GPUs, within `Runtime.noise`), else `UserError`: it saw
-    a later token or another document. The first document, which keeps as many chunks as fill a window and two more, has
-    the third beside it; the other, of two chunks, runs after both, where it would meet what they left behind. Cuts fall
-    inside the last chunk that is learned from, so that learning before scoring shows (unless chunks are single tokens).
-    Every rank does this by itself. Returns what was compared.
+    a later token or another document. The first document, two chunks longer than a window, has the random one beside
+    it; the third, of two chunks, runs after both, where it would meet what they left behind. Cuts fall inside the last
+    chunk that is learned from, so that learning before scoring shows (unless chunks are single tokens). Every rank does
+    this by itself. Returns what was compared.
     """
     picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3)
     long = how.window // how.chunk + 2
@@ -1243,8 +1240,8 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
     where = np.concatenate([docs.starts[d] + np.arange(n + 1) for d, n in zip(picks, predictions, strict=True)])
     tokens, kept = docs.tokens[rt.upload(where)], np.zeros(len(where), dtype=bool)
     for start, n in zip(starts[::2], predictions[::2], strict=True):
-        chunks_before = (n - 1) // how.chunk - 1
-        cut = chunks_before * how.chunk + (how.chunk + 1) // 2 if chunks_before >= 0 else n // 2
+        lesson = (n - 1) // how.chunk - 1  # the last chunk that is learned from, if any
+        cut = lesson * how.chunk + (how.chunk + 1) // 2 if lesson >= 0 else n // 2
         kept[start : start + cut + 1] = True
     noise = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=len(where))
     altered = torch.where(rt.upload(kept), tokens, rt.upload(noise).int())
@@ -1387,8 +1384,8 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
     trainer.tick(rt.seconds())
     trainer.refuse_faults()
     if trainer.step < cfg.iterations:
-        time_and_step = f"train_time:{trainer.elapsed_ms:.0f}ms step:{trainer.step}/{cfg.iterations}"
-        rt.log(f"stopping_early: wallclock_cap {time_and_step}")
+        where = f"train_time:{trainer.elapsed_ms:.0f}ms step:{trainer.step}/{cfg.iterations}"
+        rt.log(f"stopping_early: wallclock_cap {where}")
 
 
 # ==== Main: the order of events =======================================================================================
@@ -1442,10 +1439,9 @@ def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
         spent, (_, tokens, size) = 1000 * (rt.seconds() - began), score.totals
         delta, count = score.bpb - scores[cfg.eval[0]].bpb, len(np.unique(score.columns["doc"].clip(0)))
         counts, before = f"docs:{count} tokens:{tokens} bytes:{size}", int(docs.starts[0]) if how.isolated else 0
-        total = len(docs.tokens) - 1
-        left_out = f"after_last_row:{total - before - tokens} beyond_max_val_docs:{docs.beyond}"
-        targets = f"targets:{total + docs.beyond} scored_once:{tokens} before_first_bos:{before} {left_out}"
-        rt.log(f"audit coverage: condition:{name} {targets} PASS")
+        after, targets = len(docs.tokens) - 1 - before - tokens, len(docs.tokens) - 1 + docs.beyond
+        left_out = f"before_first_bos:{before} after_last_row:{after} beyond_max_val_docs:{docs.beyond}"
+        rt.log(f"audit coverage: condition:{name} targets:{targets} scored_once:{tokens} {left_out} PASS")
         losses = f"val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f} delta_bpb:{delta:+.4f}"
         rt.log(f"ladder condition:{name} {losses} {counts} eval_time:{spent:.0f}ms")
         if how.final:
