@@ -286,9 +286,19 @@ def test_isolated_conditions_score_the_same_documents(tmp_path, of):
     assert found in refusal(run_log.read_log, path)
 
 
+def test_isolated_conditions_score_the_same_tokens(tmp_path):
+    """The bytes are those of all documents, and a loss that makes up for the missing tokens keeps bits per byte."""
+    path, fewer = write_run(tmp_path), sum(DOCUMENTS) - 2
+    loss = run_log.read_log(path).ladder[2].val_loss * sum(DOCUMENTS) / fewer
+    edit(path, r"^(ladder condition:stride val_loss:)\S+(.* tokens:)\d+", rf"\g<1>{loss:.6f}\g<2>{fewer}")
+    edit(path, r"^(audit coverage: condition:stride .*once:)\d+(.*last_row:)0", rf"\g<1>{fewer}\g<2>2")
+    assert f"found condition:stride tokens:{fewer} bytes:{TEXT}; expected" in refusal(run_log.read_log, path)
+
+
 def test_what_the_program_may_print_is_read(tmp_path):
     path = write_run(tmp_path, MAX_WALLCLOCK_SECONDS="1e-05")
     edit(path, r"^command:", "command: PRESET=auto DEVICE=auto GRAD_ACCUM_STEPS=0")
+    edit(path, r"^(audit bytes.*)of:6 table_bytes:\d+ text_bytes:\d+", r"\1of:7 table_bytes:9 text_bytes:9")
     edit(path, r"final_model.int8.ptz", "my model.ptz")
     edit(path, r"fineweb_val_000000.bin", "fineweb_val_my own.bin")
     log = run_log.read_log(path)
@@ -417,9 +427,9 @@ def score_rows(*rows):
 
 
 def test_positions_divide_sums_by_sums():
-    """Two pieces of different density at one place, a shorter one behind them, and a bin without text."""
+    """Two pieces of different density at one place, a shorter one behind them, and bins without text."""
     rows = score_rows((0, 0, 0, 100, 200, 80.0), (1, 0, 0, 100, 400, 100.0), (1, 1, 100, 50, 100, 30.0))
-    position, bits = plot.bits_by_position(rows, np.array([0, 100, 200]))
+    position, bits = plot.bits_by_position(rows, np.array([0, 50, 100, 200]))
     assert bits == pytest.approx([180 / 600 / math.log(2), 30 / 100 / math.log(2)])
     assert position == pytest.approx([50, 125])
     weighted, _ = plot.bits_by_position(rows, np.array([0]))
