@@ -12,7 +12,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -38,7 +37,7 @@ LEAST_SHARE = 0.08  # of a condition's bytes in each point of position.png: a fe
 
 
 def read_scores(path: Path, log: RunLog) -> np.ndarray:
-    """The rows of a scores file, one for each condition, document and chunk. `ValueError` unless they are the run's."""
+    """The rows of a scores file, one for each condition, document and piece. `ValueError` unless they are the run's."""
     try:
         with open(path, encoding="utf-8") as file:
             header = file.readline().strip()
@@ -63,38 +62,31 @@ def read_scores(path: Path, log: RunLog) -> np.ndarray:
 
 
 def position_edges(rows: np.ndarray) -> np.ndarray:
-    """Bounds of bins of positions for the rows of a condition, as close as LEAST_SHARE of the bytes in each allows.
+    """First positions of bins, as close as LEAST_SHARE of all bytes in each allows.
 
-    They are multiples of the condition's chunk, in tokens, for within a chunk it is not known where the bits went.
+    Under every condition a row is a piece of TTT_CHUNK_SIZE predictions that starts at a multiple of it, or the shorter
+    end of a document: one set of bins serves them all, and no row lies in two.
     """
-    cell = rows["tokens"].max()
-    filled = np.bincount(rows["start"] // cell, weights=rows["bytes"])
-    edges, held = [0], 0.0
-    for index, count in enumerate(filled):
-        held += count
-        if held >= LEAST_SHARE * filled.sum():
-            edges.append((index + 1) * cell)
+    starts, places = np.unique(rows["start"], return_inverse=True)
+    least, edges, held = LEAST_SHARE * rows["bytes"].sum(), [0], 0.0
+    for start, count in zip(starts, np.bincount(places, weights=rows["bytes"]), strict=True):
+        if held >= least:
+            edges.append(start)
             held = 0.0
-    edges[-1] = (rows["start"] + rows["tokens"]).max()  # what is left over belongs to the last bin
-    return np.array(edges)
+        held += count
+    return np.array(edges if held >= least else edges[:-1])  # too little text at the end belongs to the bin before
 
 
 def bits_by_position(rows: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean position in tokens, bits per byte) of each bin; NaN where the rows have no text.
+    """(mean position in tokens, bits per byte) of each bin that holds text.
 
-    Bits per byte is the sum of all nats / ln 2, divided by the sum of all bytes. A chunk that lies in several bins, as
-    those of the flat stream do, whose rows start anywhere in a document, is shared out among them by tokens.
+    Bits per byte is the sum of all nats / ln 2, divided by the sum of all bytes; bytes weigh the positions too.
     """
-    begins, ends = rows["start"], rows["start"] + rows["tokens"]
-    position, bits = np.full((2, len(edges) - 1), np.nan)
-    for index, (low, high) in enumerate(pairwise(edges)):
-        first, last = np.maximum(begins, low), np.minimum(ends, high)
-        share = np.maximum(last - first, 0) / rows["tokens"]
-        scored = (share * rows["bytes"]).sum()
-        if scored:
-            position[index] = (share * rows["bytes"] * (first + last) / 2).sum() / scored
-            bits[index] = (share * rows["loss_nats"]).sum() / math.log(2) / scored
-    return position, bits
+    places, middles = np.digitize(rows["start"], edges) - 1, rows["start"] + rows["tokens"] / 2
+    parts = rows["bytes"], rows["bytes"] * middles, rows["loss_nats"]
+    count, position, nats = (np.bincount(places, weights=part) for part in parts)
+    full = count > 0
+    return position[full] / count[full], nats[full] / math.log(2) / count[full]
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -158,10 +150,10 @@ def position_figure(rows: np.ndarray, log: RunLog) -> Figure:
     rows = rows[rows["doc"] >= 0]  # text before the first document has no position in one
     note = f"{seeds_note([log])}; documents pooled, each point about {LEAST_SHARE:.0%} of the text or more"
     figure, axes = new_figure("Bits per byte by position in the document", note, [log], (0.9, 1, 3.3))
-    ends = []
+    ends, edges = [], position_edges(rows)
     for index, rung in enumerate(log.ladder):
         colour, mine = COLOURS[index % len(COLOURS)], rows[rows["condition"] == rung.condition]
-        x, y = bits_by_position(mine, position_edges(mine))
+        x, y = bits_by_position(mine, edges)
         axes.plot(x, y, color=colour, linewidth=2, marker="o", markersize=4)
         ends.append((x[-1], y[-1], rung.condition, colour))
     axes.set_xscale("log", base=2)

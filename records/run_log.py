@@ -1,9 +1,10 @@
 """Read what train_gpt.py wrote to logs/{RUN_ID}.txt, and refuse what cannot be trusted.
 
 A log is the script's own source, the machine, then one line for each event. Everything that it says twice must agree:
-the source with its hash, the final lines with the ladder, bits per byte with loss, tokens and bytes, the sizes with
-their sum. Audits must have passed. Short runs (`partial`) and artifacts over the budget are read like any other, for a
-picture of them does no harm; what else a record asks for is in make_record.py.
+the source with its hash, the command with the settings, the final lines with the ladder, bits per byte with loss,
+tokens and bytes, the audits with what was scored, the sizes with their sum. Audits must have passed. Short runs
+(`partial`) and artifacts over the budget are read like any other, for a picture of them does no harm; what else a
+record asks for is in make_record.py.
 """
 
 import hashlib
@@ -30,12 +31,19 @@ LABELS = {
 FINAL_LINES = {
     "flat": ("final_int8_zlib_roundtrip", "final_int8_zlib_roundtrip_exact"),
     "ttt": ("final_int8_ttt_lora",),
-    "stream": ("final_int8_ttt_stream",),
 }
+# What may be given and stands in the line 'config:' as another value, which the program chose.
+CHOSEN = {("PRESET", "auto"), ("DEVICE", "auto"), ("GRAD_ACCUM_STEPS", "0")}
 
 NUMBER, HASH = r"(\d+\.\d+)", r"([0-9a-f]{64})"
 SCORE = rf"val_loss:{NUMBER} val_bpb:{NUMBER}"
 STEP = r"step:(\d+)/\d+ "
+# Settings that the tools look at, and how the program spells them.
+FORMS = {
+    "PRESET": "baseline|cpu", "DEVICE": "cpu|cuda", "DTYPE": r"\w+", "EVAL_ONLY": "[01]", "MODEL_PATH": ".*",
+    "DATA_PATH": ".+", "SEED": r"\d+", "EVAL": r"\w+(,\w+)*", "ITERATIONS": r"\d+", "MAX_VAL_DOCS": r"\d+",
+    "MAX_WALLCLOCK_SECONDS": r"\d+(\.\d+)?(e[+-]\d+)?",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Sizes:
     model: int
     code: int
     total: int
+    budget: int
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,9 @@ class RunLog:
     tokenizer_hash: str
     val_hashes: Mapping[str, str]  # by shard
     artifact_hash: str
-    audits: tuple[str, ...]  # "bytes", "coverage condition:flat", "causality condition:ttt", ...
+    causal: tuple[str, ...]  # conditions whose audit of causality passed
     training: tuple[Point, ...]
-    validation: tuple[Point, ...]  # the last one after the last step
+    validation: tuple[Point, ...]  # the last one after the last step; empty where nothing was trained
     sizes: Sizes | None  # None where nothing was trained
     ladder: tuple[Rung, ...]  # in the order of EVAL; the last is the score of the run
     scores: tuple[str, str] | None  # path and hash of the scores file
@@ -164,9 +173,9 @@ def read_log(path: Path) -> RunLog:
         if line.startswith("error: "):
             lines.refuse(repr(line), "a run that came to its end")
     config = read_config(lines)
-    conditions = config["EVAL"].split(",")
     place = lines.one("preset:", r"(\w+) device:(\S+) world_size:(\d+) dtype:(\S+) \(.*\)")
-    validation = points(lines, SCORE)
+    validation = read_validation(lines, config)
+    ladder = read_ladder(lines, config["EVAL"].split(","))
     scores = lines.all("scores:", rf"(.+) rows:\d+ sha256:{HASH}")
     return RunLog(
         path=path,
@@ -175,7 +184,7 @@ def read_log(path: Path) -> RunLog:
         partial=any(line.endswith(PARTIAL) for line in body) or config["MAX_VAL_DOCS"] != "0",
         hardware=head.split("\n")[-1],
         started=lines.one("started:", r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)")[1],
-        command=lines.one("command: ", " *(.*)")[1],
+        command=read_command(lines, config, place),
         config=config,
         versions=lines.one("versions: ")[1],
         preset=place[1],
@@ -184,30 +193,68 @@ def read_log(path: Path) -> RunLog:
         dtype=place[4],
         script_hash=read_script_hash(lines, source),
         tokenizer_hash=lines.one("sha256 tokenizer:", HASH)[1],
-        val_hashes={match[2]: match[1] for match in lines.all("sha256 val:", rf"{HASH} (\S+)")}
-        or lines.refuse("no line 'sha256 val:'", "one for each validation shard"),
-        artifact_hash=lines.one("sha256 artifact:", rf"{HASH} \S+")[1],
-        audits=read_audits(lines, conditions),
+        val_hashes=read_shards(lines),
+        artifact_hash=lines.one("sha256 artifact:", rf"{HASH} .+")[1],
+        causal=read_audits(lines, ladder),
         training=points(lines, rf"train_loss:{NUMBER}"),
         validation=validation,
-        sizes=read_sizes(lines, source) if validation else None,  # an EVAL_ONLY run has no last step to validate
-        ladder=read_ladder(lines, conditions),
+        sizes=read_sizes(lines, source) if validation else None,
+        ladder=ladder,
         scores=(scores[-1][1], scores[-1][2]) if scores else None,
     )
 
 
 def read_config(lines: Lines) -> dict[str, str]:
     """Every setting of the run."""
-    text = lines.one("config: ")[1]
-    try:
-        config = dict(word.split("=", 1) for word in shlex.split(text))
-    except ValueError:
-        lines.refuse(f"'config: {text}'", "NAME=value pairs, quoted as a shell would read them")
-    forms = {"EVAL": r"\w+(,\w+)*", "SEED": r"\d+", "MAX_VAL_DOCS": r"\d+", "MODEL_PATH": ".*"}
-    for name, form in (forms | {"MAX_WALLCLOCK_SECONDS": r"\d+(\.\d+)?"}).items():
+    config = settings(lines, lines.one("config: ")[1])
+    for name, form in FORMS.items():
         if name not in config or not re.fullmatch(form, config[name]):
             lines.refuse(f"{name}={config.get(name)} in the line 'config:'", f"a value of the form {form}")
     return config
+
+
+def settings(lines: Lines, text: str) -> dict[str, str]:
+    """The NAME=value pairs of a text."""
+    try:
+        return dict(word.split("=", 1) for word in shlex.split(text))
+    except ValueError:
+        lines.refuse(repr(text), "NAME=value pairs, quoted as a shell would read them")
+
+
+def read_command(lines: Lines, config: Mapping[str, str], place: re.Match) -> str:
+    """The command, which must give the settings of the line 'config:' and start the ranks of the line 'preset:'.
+
+    So must the rest of that line, `place`: what was set, and where it ran.
+    """
+    launcher = r"(?:torchrun --standalone --nproc_per_node=(\d+)|python) train_gpt\.py"
+    command = lines.one("command: ", rf"((.* )?{launcher})")
+    preset, device, world_size, dtype = place.groups()
+    if (command[3] or "1") != world_size:
+        lines.refuse(f"world_size:{world_size}", f"the ranks that '{command[1]}' starts")
+    said = [pair for pair in settings(lines, command[2] or "").items() if pair not in CHOSEN]
+    said += [("PRESET", preset), ("DEVICE", device.split(":")[0])]
+    said += [("DTYPE", dtype.removeprefix("torch."))] if config["DTYPE"] != "auto" else []
+    for name, value in said:
+        if not same(value, config.get(name)):
+            lines.refuse(f"{name}={value}", f"{name}={config.get(name)}, as in the line 'config:'")
+    return command[1]
+
+
+def same(given: str, shown: str | None) -> bool:
+    """Whether two texts spell one value: 175 and 175.0 do."""
+    try:
+        return float(given) == float(shown)
+    except (TypeError, ValueError):
+        return given == shown
+
+
+def read_shards(lines: Lines) -> dict[str, str]:
+    """Hashes of the validation shards by their names, each of which may come once."""
+    matches = lines.all("sha256 val:", rf"{HASH} (.+)")
+    hashes = {match[2]: match[1] for match in matches}
+    if not matches or len(hashes) != len(matches):
+        lines.refuse(f"{len(matches)} lines 'sha256 val:' with {len(hashes)} names", "one for each validation shard")
+    return hashes
 
 
 def read_script_hash(lines: Lines, source: str) -> str:
@@ -225,29 +272,56 @@ def points(lines: Lines, form: str) -> tuple[Point, ...]:
     return tuple(Point(int(match[1]), float(match[2]), int(match[match.re.groups])) for match in matches)
 
 
+def read_validation(lines: Lines, config: Mapping[str, str]) -> tuple[Point, ...]:
+    """The validations: a training ends with one after its last step, an EVAL_ONLY run has none."""
+    validation = points(lines, SCORE)
+    stop = lines.all("stopping_early: ", r"wallclock_cap train_time:\d+ms step:(\d+)/\d+")
+    end = [] if config["EVAL_ONLY"] == "1" else [int(stop[-1][1] if stop else config["ITERATIONS"])]
+    steps = [point.step for point in validation]
+    if steps[-1:] != end or steps != sorted(set(steps)):
+        lines.refuse(f"validations after the steps {steps}", f"steps that rise, the last of them {end}")
+    return validation
+
+
 def read_sizes(lines: Lines, source: str) -> Sizes:
     """The bytes of the submission, added up again."""
     model = int(lines.one("Serialized model int8+zlib: ", r"(\d+) bytes .*")[1])
     code = int(lines.one("Code size: ", r"(\d+) bytes")[1])
     added = int(lines.one("Total submission size int8+zlib: ", r"(\d+) bytes")[1])
-    size = lines.one("submission_size:", r"(\d+) budget:(\d+) headroom:-?\d+ (PASS|FAIL)")
-    total, budget = int(size[1]), int(size[2])
+    size = lines.one("submission_size:", r"(\d+) budget:(\d+) headroom:(-?\d+) (PASS|FAIL)")
+    total, budget, headroom = (int(size[group]) for group in (1, 2, 3))
     if code != len(source.encode()):
         lines.refuse(f"'Code size: {code} bytes'", f"{len(source.encode())}, the size of the source in the log")
     if not model + code == added == total:
         lines.refuse(f"a submission of {added} and of {total} bytes", f"model {model} + code {code} = {model + code}")
-    if (size[3] == "PASS") != (total <= budget):
-        lines.refuse(f"'submission_size:{size[0]}'", "PASS where the budget is kept, else FAIL")
-    return Sizes(model, code, total)
+    if headroom != budget - total or (size[4] == "PASS") != (headroom >= 0):
+        lines.refuse(f"'submission_size:{size[0]}'", f"headroom:{budget - total}; PASS where it is not below 0")
+    return Sizes(model, code, total, budget)
 
 
-def read_audits(lines: Lines, conditions: list[str]) -> tuple[str, ...]:
-    """The audits that the run made. All must have passed; bytes and the coverage of each condition must be there."""
-    audits = tuple(f"{m[1]} {m[2] or ''}".rstrip() for m in lines.all("audit ", r"(\w+): (condition:\w+)?.*\bPASS"))
-    for needed in ("bytes", *(f"coverage condition:{condition}" for condition in conditions)):
-        if audits.count(needed) != 1:
-            lines.refuse(f"{audits.count(needed)} lines for the audit '{needed}'", "one, which ends in PASS")
-    return audits
+def read_audits(lines: Lines, ladder: tuple[Rung, ...]) -> tuple[str, ...]:
+    """Conditions whose causality was audited. All audits must have passed, and bytes and coverage fit the ladder."""
+    lines.all("audit ", ".* PASS")
+    audit = lines.one("audit bytes: ", r"documents:(\d+) of:(\d+) table_bytes:(\d+) text_bytes:(\d+) PASS")
+    documents, of, counted, spelled = map(int, audit.groups())
+    if counted != spelled:
+        lines.refuse(f"'audit bytes: {audit[0]}'", "as many bytes in the table as in the text")
+    reasons = r"before_first_bos:(\d+) after_last_row:(\d+) beyond_max_val_docs:(\d+)"
+    matches = lines.all("audit coverage: ", rf"condition:(\w+) targets:(\d+) scored_once:(\d+) {reasons} PASS")
+    covered, conditions = [match[1] for match in matches], [rung.condition for rung in ladder]
+    if covered != conditions:
+        lines.refuse(f"'audit coverage:' of '{','.join(covered)}'", f"one for each of '{','.join(conditions)}'")
+    for rung, match in zip(ladder, matches, strict=True):
+        targets, scored, *left_out = map(int, match.groups()[1:])
+        if scored != rung.tokens or targets != scored + sum(left_out):
+            lines.refuse(f"'audit coverage: {match[0]}'", f"scored_once:{rung.tokens}; the other targets left out")
+    isolated = [rung for rung in ladder if rung.condition != "flat"]  # they score the same documents
+    for rung in isolated:
+        size = counted if documents == of else isolated[0].bytes
+        if (rung.tokens, rung.bytes) != (isolated[0].tokens, size):
+            found = f"condition:{rung.condition} tokens:{rung.tokens} bytes:{rung.bytes}"
+            lines.refuse(found, f"tokens:{isolated[0].tokens} bytes:{size}, those of all documents")
+    return tuple(match[1] for match in lines.all("audit causality: ", r"condition:(\w+) .*PASS"))
 
 
 def read_ladder(lines: Lines, conditions: list[str]) -> tuple[Rung, ...]:
