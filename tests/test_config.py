@@ -53,6 +53,10 @@ def test_micro_steps_keep_the_batch_whole(world, accum):
     ("variable", "value", "expected"),
     [
         ("ITERATIONS", "many", "a whole number of at least 0"),
+        ("EVAL", "flat,best", "some of flat, doc, stride, ttt"),
+        ("EVAL", "flat,flat", "some of flat, doc, stride, ttt"),
+        ("EVAL", "", "some of flat, doc, stride, ttt"),
+        ("SCORES_PATH", "train_gpt.py", "the name of a file, ending in .csv"),
         ("ITERATIONS", "1.5", "a whole number"),
         ("ITERATIONS", "-1", "at least 0"),
         ("ITERATIONS", "", "a whole number"),

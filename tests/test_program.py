@@ -186,6 +186,26 @@ def test_a_plain_state_dict_is_made_an_artifact_before_it_is_scored(tmp_path):
     assert [path.name for path in tmp_path.glob("*.p*")] == ["eval_init.int8.ptz"]  # no other run's file is touched
 
 
+def test_text_before_the_first_document_is_accounted_for(tmp_path):
+    """`flat` scores it, documents do not; two shards are one stream; a BOS at the very end is no document."""
+    stream = tg.open_shard(CONFORMANCE / "fineweb_val_000000.bin")[200:3000]
+    lead = int(np.flatnonzero(stream == 1)[0])
+    assert 0 < lead < 500
+    write_shard(tmp_path / "fineweb_val_000000.bin", stream[:1000])
+    write_shard(tmp_path / "fineweb_val_000001.bin", [*stream[1000:], 1])
+    done = run_script(tmp_path, **EVAL_ARTIFACT, EVAL="flat,doc", DATA_PATH=str(tmp_path), MAX_VAL_DOCS=None)
+    documents, rows = int((stream == 1).sum()), 2800 // 512 * 512
+    assert f"val_documents:{documents} predictions:{2800 - lead} documents_of_one_token:1" in done.stdout.splitlines()
+    for name, tokens, before, after in (("flat", rows, 0, 2800 - rows), ("doc", 2800 - lead, lead, 0)):
+        left_out = f"before_first_bos:{before} after_last_row:{after} beyond_max_val_docs:0 PASS"
+        coverage = f"audit coverage: condition:{name} targets:2800 scored_once:{tokens} {left_out}"
+        assert coverage in done.stdout.splitlines()
+        rung = re.search(rf"^ladder condition:{name} .* docs:(\d+) tokens:(\d+) ", done.stdout, re.M)
+        reached = stream[: tokens + 1] if name == "flat" else stream
+        assert (int(rung[1]), int(rung[2])) == (int((reached == 1).sum()), tokens)
+    assert len(re.findall(r"^sha256 val:\w{64} fineweb_val_00000[01]\.bin$", done.stdout, re.M)) == 2
+
+
 def test_every_printed_line_of_a_partial_run_says_so(tmp_path):
     done = run_script(tmp_path, **EVAL_ARTIFACT, MAX_VAL_DOCS="2")
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 5
