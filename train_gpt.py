@@ -1196,9 +1196,8 @@ def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runti
 def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProcessor, rt: Runtime) -> None:
     """Compare the bytes counted in up to 256 documents, evenly spread, with the text that the tokenizer decodes.
 
-    `UserError` where they differ, naming the first piece that is counted wrong. Nothing is taken from the table: pieces
-    are decoded, behind an anchor, since the decoder drops spaces at the start of a text. A space that opens a document
-    or follows a control piece is no text. Byte pieces are counted apart, since they need not be valid UTF-8.
+    `UserError` where they differ, naming the first piece counted wrong; nothing is taken from the table. A space
+    that opens a document or follows a control piece is no text. Byte pieces, which need not be UTF-8, count apart.
     """
     ids = range(tokenizer.vocab_size())
     silent = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
@@ -1206,6 +1205,7 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProce
     anchor = next(i for i in np.flatnonzero(text & ~byte).tolist() if tokenizer.decode([i]).strip())
 
     def spell_out(pieces: list[int]) -> str:
+        """Their text, decoded behind an anchor, since the decoder drops spaces at the start of a text."""
         return tokenizer.decode([anchor, *pieces])[len(tokenizer.decode([anchor])) :]
 
     opening = np.array([text[i] and not byte[i] and spell_out([i]).startswith(" ") for i in ids])

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 from plot import draw, read_scores
-from run_log import LABELS, RunLog, read_log
+from run_log import LABELS, RunLog, read_log, run_command
 from stats import Summary, summarize
 
 RECORDS = Path(__file__).resolve().parent
@@ -305,21 +305,17 @@ def verify(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status. What a user can get wrong ends in one line on stderr."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description="Make a record from the logs of several seeds.")
     parser.add_argument("--name", required=True, help="of the record: letters, digits, '.', '_' and '-'")
     parser.add_argument("--threshold", type=float, required=True, help="the score to beat, bits per byte")
     parser.add_argument("--logs", type=Path, nargs="+", required=True, help="one log for each seed")
     options = parser.parse_args(arguments)
-    try:
+
+    def make() -> None:
         print(f"record:{make_record(options.name, options.threshold, options.logs, RECORDS)}")
-    except OSError as error:
-        print(f"error: {error.filename or RECORDS}: {error.strerror}; expected a usable path", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_command(make, RECORDS)
 
 
 if __name__ == "__main__":

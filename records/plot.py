@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from run_log import LABELS, RunLog, half_digit, read_log
+from run_log import LABELS, RunLog, half_digit, read_log, run_command
 
 COLUMNS = [
     ("condition", "U32"), ("doc", "i8"), ("chunk", "i8"), ("start", "i8"),
@@ -235,22 +235,18 @@ def write_pictures(pictures: dict[str, bytes], folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status. What a user can get wrong ends in one line on stderr."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description="Draw the scores and the training of a run.")
     parser.add_argument("scores", type=Path, help="the file that SCORES_PATH named")
     parser.add_argument("log", type=Path, help="the log of that run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     options = parser.parse_args(arguments)
-    try:
+
+    def plot() -> None:
         log = read_log(options.log)
         write_pictures(draw([log], read_scores(options.scores, log)), options.out)
-    except OSError as error:
-        print(f"error: {error.filename or options.out}: {error.strerror}; expected a usable path", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_command(plot, options.out)
 
 
 if __name__ == "__main__":

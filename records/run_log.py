@@ -11,7 +11,8 @@ import hashlib
 import math
 import re
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -151,6 +152,19 @@ def agree(a: Decimal, b: Decimal) -> bool:
 def half_digit(number: Decimal) -> Decimal:
     """How far rounding can have moved a printed number."""
     return Decimal(1).scaleb(number.as_tuple().exponent) / 2
+
+
+def run_command(work: Callable[[], None], place: object = "") -> int:
+    """Exit status of a command. What a user can get wrong ends in one line on stderr, if need be with its `place`."""
+    try:
+        work()
+    except OSError as error:
+        print(f"error: {error.filename or place}: {error.strerror}; expected a usable path", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def read_log(path: Path) -> RunLog:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from run_log import run_command
 from scipy.stats import ttest_1samp
 
 
@@ -53,12 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("values", type=float, nargs="+", help="bits per byte, one for each seed")
     parser.add_argument("--threshold", type=float, required=True, help="the score to beat")
     options = parser.parse_args(arguments)
-    try:
-        print(summarize(options.values, options.threshold))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: print(summarize(options.values, options.threshold)))
 
 
 if __name__ == "__main__":
