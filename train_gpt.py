@@ -32,6 +32,7 @@ R adapter rank, V vocabulary, P adapter numbers of one document. Losses are in n
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -45,7 +46,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ def _opt(default: Any, unit: str, least: float | None = None, choices: tuple[str
     return field(default=default, metadata={"unit": unit, "least": least, "choices": choices})
 
 
+RUNGS = ("flat", "doc", "stride", "ttt", "stream_fast", "stream")
+TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "fc", "mlp.proj", "lm_head")
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, with the published record's defaults; its variable is its name in capitals."""
@@ -91,7 +96,7 @@ class Config:
     out_dir: str = _opt(".", "folder for everything the run writes")
     run_id: str = _opt("", "name of the log file; a uuid4 if empty")
     seed: int = _opt(1337, "seed of weights and adapters", 0)
-    eval: tuple[str, ...] = _opt(("flat", "ttt"), "conditions, in order", choices=("flat", "doc", "stride", "ttt"))
+    eval: tuple[str, ...] = _opt(("flat", "ttt", "stream"), "conditions, in order", choices=RUNGS)
     scores_path: str = _opt("", "in OUT_DIR: a .csv with the scores of every chunk; none if empty")
     # How long
     iterations: int = _opt(20000, "steps at most", 0)
@@ -137,6 +142,11 @@ class Config:
     ttt_chunk_size: int = _opt(256, "predictions scored, then learned from, at once", 1)
     ttt_eval_seq_len: int = _opt(1024, "tokens of context at most", 1)
     ttt_batch_size: int = _opt(64, "documents side by side", 1)
+    ttt_stream_chunk: int = _opt(32, "stream: predictions scored, then learned from, at once", 1)
+    ttt_stream_lr: float = _opt(0.012, "stream: Adam rate at the start of a document", 0)
+    ttt_stream_betas: tuple[float, ...] = _opt((0.0, 0.99), "stream: Adam", 0)
+    ttt_stream_rank: int = _opt(16, "stream: adapter rank", 1)
+    ttt_stream_targets: tuple[str, ...] = _opt(TARGETS, "stream: projections with adapters", choices=TARGETS)
 
 
 # Overrides of the defaults above. `cpu` was chosen by measurement on two cores; records/NOTES.md has the tries.
@@ -146,23 +156,28 @@ PRESETS: dict[str, dict[str, Any]] = {
                 num_layers=4, model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096,
                 grad_accum_steps=2, val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03,
                 warmup_steps=1, warmdown_iters=500, muon_momentum_warmup_steps=60, val_loss_every=0,
-                train_log_every=50, ttt_eval_seq_len=512, eval=("flat", "doc", "stride", "ttt")),
+                train_log_every=50, ttt_eval_seq_len=512, eval=("flat", "doc", "stride", "ttt", "stream")),
 }  # fmt: skip
 
 
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
     kind, least, choices = type(spec.default), spec.metadata["least"], spec.metadata["choices"]
-    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "one of", tuple: "some of"}[kind]
+    single = type(spec.default[0]) if kind is tuple else kind
+    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "one of"}[single]
+    if kind is tuple:
+        expected = "some of" if choices else ",".join([expected] * len(spec.default))
     expected += " " + ", ".join(choices) if choices else ""
     expected += f" of at least {least:g}" if least is not None else ""
     try:
-        value = {"0": False, "1": True}[text] if kind is bool else kind(text.split(",") if kind is tuple else text)
-        lowest, words = -(2**62) if least is None else least, value if kind is tuple else (value,)
+        texts = text.split(",") if kind is tuple else [text]
+        parts = tuple({"0": False, "1": True}[t] if single is bool else single(t) for t in texts)
+        value, lowest = parts if kind is tuple else parts[0], -(2**62) if least is None else least
         if choices:
-            fits = set(words) <= set(choices) and len(set(words)) == len(words)
+            fits = set(parts) <= set(choices) and len(set(parts)) == len(parts)
         else:
-            fits = kind is str or lowest <= value < 2**62
+            numbers = kind is str or all(lowest <= part < 2**62 for part in parts)
+            fits = numbers and (kind is not tuple or len(parts) == len(spec.default))
     except (ValueError, KeyError):
         fits = False
     if not fits:
@@ -172,7 +187,9 @@ def _parse(name: str, text: str, spec: Any) -> Any:
 
 def spell(value: Any) -> str:
     """The text that stands for a setting's value in the environment: what `_parse` reads back."""
-    return ",".join(value) if isinstance(value, tuple) else str(int(value) if isinstance(value, bool) else value)
+    if isinstance(value, tuple):
+        return ",".join(map(spell, value))
+    return str(int(value) if isinstance(value, bool) else value)
 
 
 def read_config(env: Mapping[str, str]) -> Config:
@@ -210,8 +227,9 @@ def check_config(cfg: Config, world: int) -> None:
         (cfg.model_dim % (2 * cfg.num_heads) == 0,
          f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, since NUM_HEADS={cfg.num_heads} and"
          " rotary embedding needs an even head dim"),
-        (max(cfg.beta1, cfg.beta2) < 1,
-         f"BETA1={cfg.beta1:g}, BETA2={cfg.beta2:g}: expected numbers below 1, the shares that Adam's averages keep"),
+        (max(cfg.beta1, cfg.beta2, *cfg.ttt_stream_betas) < 1,
+         f"BETA1={cfg.beta1:g}, BETA2={cfg.beta2:g}, TTT_STREAM_BETAS={spell(cfg.ttt_stream_betas)}: expected numbers"
+         " below 1, the shares that Adam's averages keep"),
         (cfg.num_heads % cfg.num_kv_heads == 0,
          f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads}; change one of them"),
         (cfg.eval_only or cfg.train_batch_tokens % unit == 0,
@@ -580,7 +598,7 @@ def rms_norm(x: Tensor) -> Tensor:
 def project(x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """x W^T, plus each row's own x A^T B^T: (B, T, in) -> (B, T, out), all in the dtype of x."""
     out = F.linear(x, weight.to(x.dtype))
-    return out if lora is None else out + x @ lora[0].to(x.dtype).mT @ lora[1].to(x.dtype).mT
+    return out if lora is None else torch.baddbmm(out, x @ lora[0].mT, lora[1].mT)
 
 
 class Linear(nn.Linear):
@@ -597,17 +615,20 @@ class Linear(nn.Linear):
         return project(x, self.weight, adapters.get(self.name))
 
 
-def rope_tables(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, each (length, N/2) fp32, built in fp64."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
-    angle = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), base**-exponent)
-    return angle.cos().float(), angle.sin().float()
+def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Factors (T, N) fp32 of `rotate`, [cos, cos] and [sin, -sin] of position x frequency, built in fp64.
+
+    `positions` (T,) are whole numbers, of any size.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angle = torch.outer(positions.double(), base**-exponent)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves convention: (B, H, T, N) with tables (T, N/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    """Rotary embedding, halves convention: (B, H, T, N) with the tables of `rope_tables`."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -621,13 +642,14 @@ class Attention(nn.Module):
         self.c_v, self.proj = Linear(dim, kv_dim, f"{name}.c_v"), Linear(dim, dim, f"{name}.proj", zero=True)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init, dtype=torch.float32, device="cpu"))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, adapters: Adapters) -> Tensor:
-        """(B, T, D) -> (B, T, D), in the dtype of x."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x, adapters).view(heads).transpose(1, 2) for proj in (self.c_q, self.c_k, self.c_v))
-        q = (rotate(rms_norm(q.float()), cos, sin) * self.q_gain[:, None, None]).to(x.dtype)
-        k = rotate(rms_norm(k.float()), cos, sin).to(x.dtype)
-        return self.proj(causal_attention(q, k, v).transpose(1, 2).reshape(x.shape), adapters)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, adapters: Adapters, attention: Callable) -> Tensor:
+        """(B, T, D) -> (B, T, D), in the dtype of x. `attention` mixes values by queries and keys."""
+        q, k, v = (proj(x, adapters) for proj in (self.c_q, self.c_k, self.c_v))
+        qk, v = (t.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for t in (torch.cat((q, k), -1), v))
+        gain = F.pad(self.q_gain, (0, v.size(1)), value=1.0)[:, None, None]  # keys have none
+        qk = (rotate(rms_norm(qk.float()), cos, sin) * gain).to(x.dtype)
+        q, k = qk.split((len(self.q_gain), v.size(1)), 1)
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(x.shape), adapters)
 
 
 class MLP(nn.Module):
@@ -654,12 +676,12 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
         self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros_like(ones))))
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], adapters: Adapters) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rope: tuple, adapters: Adapters, attention: Callable) -> Tensor:
         """Residual stream x and normed embedding x0 -> residual stream, all (B, T, D) in one dtype."""
         mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
-        x = mix[0] * x + mix[1] * x0
-        x = x + attn_scale * self.attn(rms_norm(x), *rope, adapters)
-        return x + mlp_scale * self.mlp(rms_norm(x), adapters)
+        x = torch.addcmul(mix[0] * x, mix[1], x0)
+        x = torch.addcmul(x, attn_scale, self.attn(rms_norm(x), *rope, adapters, attention))
+        return torch.addcmul(x, mlp_scale, self.mlp(rms_norm(x), adapters))
 
 
 class GPT(nn.Module):
@@ -674,6 +696,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype, self.softcap, self.half = dtype, cfg.logit_softcap, cfg.num_layers // 2
+        self.rope_base = cfg.rope_base
         # Built on the CPU whatever the device, so that a seed means the same weights everywhere.
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim, device="cpu", dtype=torch.float32)
         if cfg.tie_embeddings:
@@ -682,8 +705,8 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(self.half, cfg.model_dim, dtype=torch.float32, device="cpu"))
         self.blocks = nn.ModuleList(Block(cfg, f"blocks.{i}") for i in range(cfg.num_layers))
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, "lm_head", zero=True)
-        length = max(cfg.train_seq_len, cfg.ttt_eval_seq_len)
-        cos, sin = rope_tables(length, cfg.model_dim // cfg.num_heads, cfg.rope_base)
+        positions = torch.arange(max(cfg.train_seq_len, cfg.ttt_eval_seq_len), device="cpu")
+        cos, sin = rope_tables(positions, cfg.model_dim // cfg.num_heads, cfg.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -692,19 +715,27 @@ class GPT(nn.Module):
         """The output matrix, (V, D): the embedding itself when tied."""
         return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids: Tensor, targets: Tensor, at: Tensor | None = None, adapters: Adapters = NO_LORA) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        at: Tensor | None = None,
+        adapters: Adapters = NO_LORA,
+        memory: Memory | None = None,
+    ) -> Tensor:
         """Cross-entropy of each target in nats, always one per token: (B, S) fp32. Callers reduce.
 
         ids (B, T); targets (B, S) are the tokens that follow the positions `at` (B, S) of each row, or every position
-        when `at` is None (S = T). Only those positions reach the head.
+        when `at` is None (S = T). Only those positions reach the head. With `memory`, rows go on where it ends.
         """
-        rope = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
+        rope = memory.rope if memory else (self.cos[: ids.size(1)], self.sin[: ids.size(1)])
         x = x0 = rms_norm(self.tok_emb(ids).to(self.dtype))
         skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i >= self.half and skips:
                 x = x + self.skip_weights[i - self.half].to(x.dtype) * skips.pop()
-            x = block(x, x0, rope, adapters)
+            attention = functools.partial(memory.attend, i) if memory else causal_attention
+            x = block(x, x0, rope, adapters, attention)
             if i < self.half:
                 skips.append(x)
         if at is not None:
@@ -712,6 +743,15 @@ class GPT(nn.Module):
         logits = project(rms_norm(x), self.head, adapters.get("lm_head")).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def frozen(model: GPT) -> GPT:
+    """A copy that only evaluates: its weights are in the compute dtype already, and none of them learns."""
+    copied = copy.deepcopy(model).requires_grad_(False)
+    for name, weight in copied.named_parameters():
+        if not name.endswith("q_gain"):  # used in fp32
+            weight.data = weight.data.to(model.dtype)
+    return copied
 
 
 # ==== Optimizers ======================================================================================================
@@ -950,49 +990,76 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> N
 # ==== Adapters: a low-rank correction per document, and its optimizer =================================================
 
 
-class DocumentAdapters:
-    """Rank-R adapters of B documents side by side, with the Adam state that trains them.
+@dataclass(frozen=True)
+class Lesson:
+    """What a document's adapters are and how they learn: `rank` R on the projections whose names end in `targets`.
 
-    All numbers of a document are one row of `flat` (B, P), so that one update serves every adapter of every document,
-    and documents that have ended are left out by taking the first rows. Every document starts from the same seeded
-    A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that its score does not depend on its neighbours.
-    Source: LoRA, https://arxiv.org/abs/2106.09685.
+    They start at A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, and follow Adam, whose rate falls with the
+    tokens t learned from as (1 + t/1000)^-decay.
     """
 
-    def __init__(self, model: GPT, cfg: Config, rt: Runtime) -> None:
-        targets = {p.name: p.weight for block in model.blocks for p in (block.attn.c_q, block.attn.c_v)}
-        targets["lm_head"] = model.head
-        generator = torch.Generator(device="cpu").manual_seed(cfg.seed)
-        self.names, self.lr, self.shapes, start = list(targets), cfg.ttt_lora_lr, [], []
-        for out_dim, in_dim in (weight.shape for weight in targets.values()):
-            self.shapes += [(cfg.ttt_lora_rank, in_dim), (out_dim, cfg.ttt_lora_rank)]
-            a = torch.rand(cfg.ttt_lora_rank * in_dim, generator=generator, device="cpu") * 2 - 1
-            start += [a / math.sqrt(in_dim), torch.zeros(out_dim * cfg.ttt_lora_rank, device="cpu")]
-        self.start = torch.cat(start).to(rt.device)
+    targets: tuple[str, ...]
+    rank: int
+    lr: float
+    betas: tuple[float, ...] = (0.9, 0.95)
+    spread: float = 1.0
+    decay: float = 0.0
 
-    def reset(self, documents: int) -> None:
-        """Forget everything: fresh adapters and optimizer state for a new batch of documents."""
-        self.flat, self.steps = self.start.repeat(documents, 1), 0
+
+class DocumentAdapters:
+    """Adapters of documents side by side, with the Adam state that trains them, as `Lesson` says.
+
+    All numbers of the document in one seat are one row of `flat` (seats, P), so that one update serves every adapter
+    of every document. Every document starts from the same seeded values, so that its score does not depend on its
+    neighbours. Source: LoRA, https://arxiv.org/abs/2106.09685.
+    """
+
+    def __init__(self, model: GPT, how: Condition, seats: int, seed: int, rt: Runtime) -> None:
+        found = {layer.name: layer.weight for layer in model.modules() if isinstance(layer, Linear)}
+        found["lm_head"] = model.head  # which may be the embedding
+        layers = {name: weight for name, weight in found.items() if name.endswith(how.lesson.targets)}
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        self.names, self.how, self.dtype, self.shapes, start = list(layers), how, model.dtype, [], []
+        rank = how.lesson.rank
+        for out_dim, in_dim in (weight.shape for weight in layers.values()):
+            self.shapes += [(rank, in_dim), (out_dim, rank)]
+            a = torch.rand(rank * in_dim, generator=generator, device="cpu") * 2 - 1
+            start += [a * (how.lesson.spread / math.sqrt(in_dim)), torch.zeros(out_dim * rank, device="cpu")]
+        self.start = torch.cat(start).to(rt.device)
+        self.flat = self.start.repeat(seats, 1)
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.steps = torch.zeros(seats, 1, device=rt.device)
+        self.state = [self.flat, self.mean, self.square, self.steps]  # one row a seat
+
+    def reset(self, rows: Tensor) -> None:
+        """Forget everything: fresh adapters and optimizer state for the documents that sit down."""
+        for state, value in zip(self.state, (self.start, 0, 0, 0), strict=True):
+            state[rows] = value
 
     def pairs(self, flat: Tensor) -> Adapters:
-        """The (A, B) pairs inside rows of `flat` (b, P), by projection."""
-        parts = flat.split([rows * cols for rows, cols in self.shapes], dim=1)
+        """The (A, B) pairs inside rows of `flat` (b, P), by projection, in the model's dtype."""
+        parts = flat.to(self.dtype).split([rows * cols for rows, cols in self.shapes], dim=1)
         parts = [part.view(len(flat), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return dict(zip(self.names, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
     @torch.no_grad()
-    def adam(self, grad: Tensor, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-10) -> None:
-        """One Adam step for the first b documents, whose gradient is `grad` (b, P); all have taken equally many."""
-        self.steps += 1
-        flat, mean, square = (tensor[: len(grad)] for tensor in (self.flat, self.mean, self.square))
-        mean.lerp_(grad, 1 - beta1)
+    def adam(self, rows: Rows, grad: Tensor, eps: float = 1e-10) -> None:
+        """One Adam step for the documents in `rows`, whose gradient is `grad` (b, P), each at its own step."""
+        lesson, (beta1, beta2) = self.how.lesson, self.how.lesson.betas
+        flat, mean, square, steps = parts = [state[rows] for state in self.state]  # views, if rows is a slice
+        steps += 1
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        spread = (square / (1 - beta2**self.steps)).sqrt_().add_(eps)
-        flat.addcdiv_(mean, spread, value=-self.lr / (1 - beta1**self.steps))
+        spread = (square / (1 - beta2**steps)).sqrt_().add_(eps)
+        rate = lesson.lr / (1 - beta1**steps) * (1 + steps * self.how.chunk / 1000) ** -lesson.decay
+        flat.addcdiv_((mean.lerp_(grad, 1 - beta1) if beta1 else grad) * rate, spread, value=-1)
+        if not isinstance(rows, slice):
+            for state, part in zip(self.state, parts, strict=True):
+                state[rows] = part
 
 
 # ==== Evaluation ======================================================================================================
+
+Rows = Tensor | slice  # which seats: all the first ones, without a copy, or those listed
 
 
 @dataclass(frozen=True)
@@ -1002,7 +1069,8 @@ class Condition:
     chunk: int
     window: int
     batch: int
-    learn: bool = False  # after each chunk, the document's adapters take a step on it
+    lesson: Lesson | None = None  # after each chunk, the document's adapters take a step on it
+    stream: bool = False  # only the chunk is run: `Memory` stands for the tokens before it
     isolated: bool = True  # False: rows of the stream, whatever documents they cut, take the place of documents
     final: str = ""  # what the record calls this rung in a line of its own
 
@@ -1012,17 +1080,34 @@ class Condition:
         alone = np.arange(rows) * self.chunk, np.full(rows, self.chunk)
         return (docs.starts, docs.predictions) if self.isolated else alone
 
+    def work(self, predictions: np.ndarray) -> np.ndarray:
+        """Positions that must be computed to score documents of so many predictions: the inputs of all windows."""
+        full = predictions // self.chunk
+        growing = np.minimum(full, self.window // self.chunk)  # chunks whose window still begins with the document
+        inputs = self.chunk * growing * (growing + 1) // 2 + (full - growing) * self.window
+        inputs += np.minimum(predictions, self.window) * (predictions % self.chunk > 0)
+        return predictions if self.stream else inputs
+
 
 def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
-    """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN."""
+    """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN.
+
+    How `stream` learns, and what `stream_fast` gives up for speed, was found on one corpus and confirmed on another
+    (records/NOTES.md).
+    """
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
     chunk, window, batch = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, cfg.ttt_batch_size
+    recipe = Lesson(("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr)
+    best = Lesson(cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, cfg.ttt_stream_betas, 3.0, 0.3)
+    fast = Lesson(("attn.proj", "fc", "mlp.proj", "lm_head"), 16, 0.02, (0.0, 0.99), 3.0, 0.3)
     return {
         "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
         "doc": Condition(window, window, batch),
         "stride": Condition(chunk, window, batch),
-        "ttt": Condition(chunk, window, batch, learn=True, final="final_int8_ttt_lora"),
+        "ttt": Condition(chunk, window, batch, recipe, final="final_int8_ttt_lora"),
+        "stream_fast": Condition(128, window, batch, fast, stream=True),
+        "stream": Condition(cfg.ttt_stream_chunk, window, batch, best, stream=True, final="final_int8_ttt_stream"),
     }
 
 
@@ -1031,9 +1116,10 @@ class Score:
     """Cross-entropy of scored tokens, in columns with one entry for each piece of a document that has any."""
 
     columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
+    computed: int = 0  # positions that went through the model; `Condition.work` says how many had to
 
     @classmethod
-    def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int) -> Score:
+    def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, computed: int = 0) -> Score:
         """From all ranks' `ledger` (2, n - 1): for each position of the stream, its loss and how often it was scored.
 
         This is also the audit of coverage: `AgreedError` unless every position that `how` covers was scored exactly
@@ -1058,7 +1144,7 @@ class Score:
             raise AgreedError("audit coverage: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
         columns = dict(doc=doc, chunk=chunk, start=chunk * size, tokens=tokens, bytes=count, loss_nats=nats)
-        return cls({name: column[tokens > 0] for name, column in columns.items()})
+        return cls({name: column[tokens > 0] for name, column in columns.items()}, computed)
 
     @functools.cached_property
     def totals(self) -> tuple[float, int, int]:
@@ -1091,49 +1177,98 @@ def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
         rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data)}")
 
 
-def share_documents(chunks: np.ndarray, world: int) -> list[np.ndarray]:
-    """Documents of each rank, most chunks first: the longest remaining document goes to the least loaded rank."""
+def share_documents(work: np.ndarray, world: int) -> list[np.ndarray]:
+    """Documents of each rank, most work first: the longest remaining document goes to the least loaded rank."""
     loads, shares = np.zeros(world, dtype=np.int64), [[] for _ in range(world)]
-    for document in np.argsort(-chunks, kind="stable"):
+    for document in np.argsort(-work, kind="stable"):
         rank = loads.argmin()
         shares[rank].append(document)
-        loads[rank] += chunks[document]
+        loads[rank] += work[document]
     return [np.array(share, dtype=np.int64) for share in shares]
+
+
+class Memory:
+    """Keys and values of at least the last W - 1 tokens of documents side by side, in every layer.
+
+    They stay as they were when their chunk was scored, without gradients, in a ring that all seats turn together: its
+    size does not depend on the documents. Time is counted from the start of the evaluation, and rotary positions are
+    times: attention depends on differences alone. Through the layers, text older than W reaches a token, as it would
+    in one pass over the document under a banded mask, which is what a stream that learns nothing equals; windows are
+    cut off from it. Source of the memory: Transformer-XL, https://arxiv.org/abs/1901.02860.
+    """
+
+    def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
+        attn = model.blocks[0].attn
+        heads, groups = (layer.out_features // attn.head_dim for layer in (attn.c_q, attn.c_k))
+        self.how, self.now, self.base, self.share = how, 0, model.rope_base, heads // groups
+        self.size = -(-how.window // how.chunk) * how.chunk  # whole chunks, which so never wrap
+        shape = (2, seats, groups, self.size, attn.head_dim)
+        self.rings = [torch.zeros(shape, dtype=model.dtype, device=rt.device) for _ in model.blocks]
+        self.began = torch.zeros(seats, dtype=torch.int64, device=rt.device)  # when each seat's document did
+
+    def reset(self, rows: Tensor) -> None:
+        """Nothing from before now is seen by the documents that sit down."""
+        self.began[rows] = self.now
+
+    def turn(self, rows: slice) -> None:
+        """Get ready for the next chunk of the documents in `rows`: where it goes, its rotation and what it may see."""
+        device, base = self.began.device, self.now - self.size
+        new = torch.arange(self.now, self.now + self.how.chunk, device=device)
+        old = base + (torch.arange(self.size, device=device) - base) % self.size  # when each entry was written
+        times = torch.cat((old, new))
+        age = new[:, None] - times
+        hidden = (age < 0) | (age >= self.how.window) | (times < self.began[rows, None, None])  # (B, C, size + C)
+        bias = torch.zeros(hidden.shape, dtype=self.rings[0].dtype, device=device).masked_fill_(hidden, -math.inf)
+        self.bias = bias[:, None].repeat(1, self.rings[0].size(2), self.share, 1).flatten(0, 1)
+        self.rope = rope_tables(new, self.rings[0].size(-1), self.base)
+        self.rows, begin = rows, self.now % self.size
+        self.place, self.now = slice(begin, begin + self.how.chunk), self.now + self.how.chunk
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, C, N) over the memory and the chunk itself, whose k and v (B, G, C, N) are then remembered."""
+        keys, values = (half[self.rows] for half in self.rings[layer])
+        every_key, every_value = torch.cat((keys, k), 2).flatten(0, 1), torch.cat((values, v), 2).flatten(0, 1)
+        queries = (q * q.size(-1) ** -0.5).reshape(len(every_key), -1, q.size(-1))
+        out = (torch.baddbmm(self.bias, queries, every_key.mT).softmax(-1) @ every_value).view(q.shape)
+        keys[:, :, self.place], values[:, :, self.place] = k.detach(), v.detach()
+        return out
 
 
 @dataclass(frozen=True)
 class ChunkBatch:
-    """Chunk c of B documents, gathered for one forward pass."""
+    """One chunk of each of B documents, gathered for one forward pass."""
 
-    rows: slice  # which rows of the adapters they own
+    rows: Rows  # the seats they sit in
     ids: Tensor  # (B, T) the windows; right of its end a shorter one repeats its last token, where nothing looks
-    at: Tensor  # (B, S) where in its window each prediction is made
+    at: Tensor | None  # (B, S) where in its window each prediction is made; None: everywhere
     positions: Tensor  # (B, S) and where in the stream
     targets: Tensor  # (B, S) the tokens to predict
     live: Tensor  # (B, S) bool, false where a row has no prediction
 
 
 def gather_chunk(
-    tokens: Tensor, starts: np.ndarray, predictions: np.ndarray, rows: slice, c: int, how: Condition, rt: Runtime
+    tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, how: Condition, rt: Runtime
 ) -> ChunkBatch:
-    """Windows of chunk `c` of those `rows` of a group of documents, each of which has such a chunk.
+    """Windows of chunks that begin `places` tokens into the documents at `starts`, which have `left` predictions more.
 
-    A document of n predictions has its chunk c at predictions [cC, min((c+1)C, n)); they are made inside the window of
-    inputs [max(0, end - W), end), where end is the chunk's end.
+    A chunk is of C predictions or all that are left; they are made inside the window of inputs [max(0, end - W), end),
+    where end is the chunk's end, or, when streaming, inside the chunk alone.
     """
-    ends = np.minimum(predictions[rows], (c + 1) * how.chunk)
-    begins = np.maximum(ends - how.window, 0)
+    ends = places + np.minimum(left, how.chunk)
+    begins = places if how.stream else np.maximum(ends - how.window, 0)
     # Sizes are settled on the host, so that the device never has to be asked.
-    longest, widest = int((ends - begins).max()), int(ends.max()) - c * how.chunk
-    start, begin, end = rt.upload(np.stack((starts[rows], begins, ends)))[:, :, None]
+    longest, widest = (how.chunk if how.stream else int((ends - edge).max()) for edge in (begins, places))
+    start, begin, end, place = rt.upload(np.stack((starts, begins, ends, places)))[:, :, None]
     ids = tokens[start + torch.minimum(begin + torch.arange(longest, device=rt.device), end - 1)].long()
-    place = c * how.chunk + torch.arange(widest, device=rt.device)[None, :]
+    place = place + torch.arange(widest, device=rt.device)
     live, place = place < end, torch.minimum(place, end - 1)
-    positions = start + place
-    return ChunkBatch(rows, ids, place - begin, positions, tokens[positions + 1].long(), live)
+    positions, at = start + place, None if (begins == places).all() else place - begin
+    return ChunkBatch(slice(None), ids, at, positions, tokens[positions + 1].long(), live)
 
 
-def score_then_learn(model: GPT, batch: ChunkBatch, adapters: DocumentAdapters | None, learn: bool) -> Tensor:
+def score_then_learn(
+    model: GPT, batch: ChunkBatch, adapters: DocumentAdapters | None, memory: Memory | None, learn: bool
+) -> Tensor:
     """Losses (B, S) of a chunk under the adapters as they are; only then, if `learn`, one step on those same tokens.
 
     This order is the law of the game, and this is the only place that learns: the score of a token must come from a
@@ -1141,53 +1276,83 @@ def score_then_learn(model: GPT, batch: ChunkBatch, adapters: DocumentAdapters |
     """
     with torch.set_grad_enabled(learn):
         flat = adapters.flat[batch.rows].detach().requires_grad_(learn) if adapters else None
-        losses = model(batch.ids, batch.targets, batch.at, adapters.pairs(flat) if adapters else NO_LORA)
+        if memory:
+            memory.turn(batch.rows)
+        losses = model(batch.ids, batch.targets, batch.at, adapters.pairs(flat) if adapters else NO_LORA, memory)
         if learn:
             # The sum keeps documents apart: no document's mean loss reaches another's row of `flat`.
             mean_losses = (losses * batch.live).sum(1) / batch.live.sum(1)
-            adapters.adam(torch.autograd.grad(mean_losses.sum(), flat)[0])
+            adapters.adam(batch.rows, torch.autograd.grad(mean_losses.sum(), flat)[0])
     return losses.detach()
 
 
-def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> Tensor:
-    """Score every document by itself, chunk after chunk, each chunk inside its window of earlier tokens.
+def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(document, number of its chunk) for each seat still taken, turn after turn; the seats taken are the first ones.
 
-    If `how.learn`, each document owns adapters that take one Adam step after each of its chunks but the last, whose
-    lesson nobody would hear. Documents are shared over the ranks by chunks and run `how.batch` at a time, longest
-    first; one that has ended leaves the batch. Returns the `ledger` of `Score.tally`, the same on every rank.
+    Every seat gets its `documents` in advance, the longest to the one that is free first: nobody waits for the longest
+    of all, and what a seat owns never has to move.
+    """
+    lanes = sorted((documents[share] for share in share_documents(chunks[documents], seats)),
+                   key=lambda lane: -chunks[lane].sum())  # fmt: skip
+    turns = [np.repeat(lane, chunks[lane]) for lane in lanes]
+    numbers = [np.concatenate([np.arange(n) for n in chunks[lane]]) for lane in lanes]
+    for turn in range(max(map(len, turns), default=0)):
+        live = sum(len(lane) > turn for lane in turns)
+        yield tuple(np.array([lane[turn] for lane in table[:live]]) for table in (turns, numbers))
+
+
+def group_windows(left: np.ndarray, ends: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool]]:
+    """Rows whose windows run together, and whether they are learned from: a document's last chunk teaches nobody.
+
+    `left` predictions remain in each row's document and its chunk ends at `ends`. Windows that teach are of equal
+    length, the others within 5 %, whatever the documents. A stream is one group.
+    """
+    more, inputs = (left > how.chunk) & (how.lesson is not None), np.minimum(ends, how.window)
+    shapes = np.where(more, inputs, -1 - np.log(inputs) // math.log(1.05))
+    if how.stream:
+        shapes = np.full_like(shapes, more.any())
+    for shape in np.unique(shapes):
+        yield np.flatnonzero(shapes == shape), bool(shape > 0)
+
+
+def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> tuple[Tensor, int]:
+    """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens.
+
+    With a lesson, each document owns adapters that take one Adam step after each of its chunks but the last, whose
+    lesson nobody would hear. Documents are shared over the ranks by work, longest first.
+    Returns the `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
     """
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
-    mine = share_documents(chunks, rt.world)[rt.rank]
-    adapters = DocumentAdapters(model, cfg, rt) if how.learn else None
-    ledger, done = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
-    model.requires_grad_(False)  # only adapters learn; spares the backward pass every weight gradient
+    mine = share_documents(how.work(predictions), rt.world)[rt.rank]
+    model, seats = frozen(model), min(how.batch, len(mine))
+    adapters = DocumentAdapters(model, how, seats, cfg.seed, rt) if how.lesson else None
+    memory = Memory(model, how, seats, rt) if how.stream else None
+    ledger, computed = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
     with rt.progress(int(chunks[mine].sum()), "evaluating") as bar:
-        for group in np.split(mine, range(how.batch, len(mine), how.batch)):
-            if adapters:
-                adapters.reset(len(group))
-            for c in range(chunks[group].max(initial=0)):
-                # Longest first: the documents still running are the first rows, and of those the first have a next
-                # chunk and learn; the others only score, without the cost of a backward pass.
-                live, more = (int((chunks[group] > c + ahead).sum()) for ahead in (0, 1))
-                learners = more if how.learn else 0
-                for rows in (slice(0, learners), slice(learners, live)):
-                    if len(group[rows]):
-                        batch = gather_chunk(docs.tokens, starts[group], predictions[group], rows, c, how, rt)
-                        losses = score_then_learn(model, batch, adapters, rows.stop == learners)
-                        entry = torch.stack((losses, torch.ones_like(losses))) * batch.live
-                        ledger.index_add_(1, batch.positions.flatten(), entry.flatten(1))
-                done += live - more
-                if bar.update(live):  # only when just redrawn, so that the device is seldom asked, and never in silence
-                    bits, count = ledger[0].sum().item() / math.log(2), (ledger[1] * docs.bytes).sum().item()
-                    bar.set_postfix_str(f"documents:{done} bpb:{bits / count:.4f}", refresh=False)
-    model.requires_grad_(True)
-    return rt.sum(ledger)
+        for documents, numbers in plan_seats(mine, chunks, seats):
+            if len(fresh := np.flatnonzero(numbers == 0)):
+                for owned in filter(None, (adapters, memory)):
+                    owned.reset(rt.upload(fresh))
+            places = numbers * how.chunk
+            left = predictions[documents] - places
+            for rows, learn in group_windows(left, places + np.minimum(left, how.chunk), how):
+                batch = gather_chunk(docs.tokens, starts[documents[rows]], left[rows], places[rows], how, rt)
+                batch = replace(batch, rows=rt.upload(rows) if len(rows) < len(documents) else slice(len(rows)))
+                losses = score_then_learn(model, batch, adapters, memory, learn)
+                entry = torch.stack((losses, torch.ones_like(losses))) * batch.live
+                ledger.index_add_(1, batch.positions.flatten(), entry.flatten(1))
+                computed += batch.ids.numel()
+            if bar.update(len(documents)):  # only when just redrawn, so that the device is seldom asked
+                bits, count = ledger[0].sum().item() / math.log(2), (ledger[1] * docs.bytes).sum().item()
+                bar.set_postfix_str(f"bpb:{bits / count:.4f}", refresh=False)
+    return rt.sum(ledger), int(rt.sum(torch.tensor(computed, device=rt.device)).item())
 
 
 def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> Score:
     """The score of the whole validation stream under one condition, the same on every rank."""
-    return Score.tally(fill_ledger(model, docs, how, cfg, rt), docs, how, cfg.ttt_chunk_size)
+    ledger, computed = fill_ledger(model, docs, how, cfg, rt)
+    return Score.tally(ledger, docs, how, cfg.ttt_chunk_size, computed)
 
 
 # ==== Audits: what makes a score worth believing ======================================================================
@@ -1249,7 +1414,7 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
     alone = replace(rt, rank=0, world=1, log_path=None)
     few = (replace(docs, tokens=version, starts=starts, predictions=predictions) for version in (tokens, altered))
     how = replace(how, batch=2, isolated=True)
-    once, again = (fill_ledger(model, version, how, cfg, alone)[0][compared] for version in few)
+    once, again = (fill_ledger(model, version, how, cfg, alone)[0][0][compared] for version in few)
     moved = (once - again).abs().max().item() if len(once) else 0.0
     if not moved <= rt.noise:  # not a number is no agreement either
         found = f"later tokens or other documents moved scores by up to {moved:g} nats"
@@ -1429,7 +1594,7 @@ def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
     rt.together(lambda: load_weights(model, read_weights(path), path))
     report_artifact(path, rt)
     for name, how in ((name, rungs[name]) for name in cfg.eval):
-        if how.learn or name == cfg.eval[-1]:
+        if how.lesson or name == cfg.eval[-1]:
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
             spent = 1000 * (rt.seconds() - began)
@@ -1442,6 +1607,7 @@ def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
         after, targets = len(docs.tokens) - 1 - before - tokens, len(docs.tokens) - 1 + docs.beyond
         left_out = f"before_first_bos:{before} after_last_row:{after} beyond_max_val_docs:{docs.beyond}"
         rt.log(f"audit coverage: condition:{name} targets:{targets} scored_once:{tokens} {left_out} PASS")
+        rt.log(f"{name} positions:{score.computed}/{how.work(how.spans(docs)[1]).sum()}")
         losses = f"val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f} delta_bpb:{delta:+.4f}"
         rt.log(f"ladder condition:{name} {losses} {counts} eval_time:{spent:.0f}ms")
         if how.final:
