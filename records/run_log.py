@@ -27,11 +27,14 @@ LABELS = {
     "doc": "+ document-isolated",
     "stride": "+ stride, windows that overlap",
     "ttt": "+ LoRA test-time training",
+    "stream_fast": "+ streaming, quick settings",
+    "stream": "+ streaming",
 }
 # Lines that repeat a condition's score under the name that older tools look for; other conditions have none.
 FINAL_LINES = {
     "flat": ("final_int8_zlib_roundtrip", "final_int8_zlib_roundtrip_exact"),
     "ttt": ("final_int8_ttt_lora",),
+    "stream": ("final_int8_ttt_stream",),
 }
 # What may be given and stands in the line 'config:' as another value, which the program chose.
 CHOSEN = {("PRESET", "auto"), ("DEVICE", "auto"), ("GRAD_ACCUM_STEPS", "0")}

@@ -78,6 +78,12 @@ def tiny_config(**settings):
     return replace(base, **settings)
 
 
+def tiny_condition(cfg, learn=True, stream=False, **settings):
+    """Chunks of 8 in windows of 24, the recipe's lesson or none, with or without a memory in place of windows."""
+    lesson = tg.Lesson(("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr) if learn else None
+    return replace(tg.Condition(8, 24, cfg.ttt_batch_size, lesson, stream), **settings)
+
+
 def tiny_model(cfg, rt, seed=0):
     """A GPT in which no weight is zero, so that every path through it matters."""
     torch.manual_seed(seed)

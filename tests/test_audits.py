@@ -14,6 +14,7 @@ from conftest import (
     EVAL_ARTIFACT,
     changed_script,
     run_script,
+    tiny_condition,
     tiny_config,
     tiny_documents,
     tiny_model,
@@ -147,17 +148,19 @@ def test_a_run_that_counts_wrongly_prints_no_score(tmp_path, ranks):
 
 # -- causality --------------------------------------------------------------------------------------------------------
 
-HOW = tg.Condition(8, 24, 4, learn=True)
+# At a rate high enough for any leak to show.
+HOW = tiny_condition(tiny_config(ttt_lora_lr=0.05))
+STREAM = tiny_condition(tiny_config(ttt_lora_lr=0.05), stream=True)
 
 
 @pytest.fixture
 def scored(rt):
-    """(model, documents, config) at a rate high enough for any leak to show."""
-    cfg = tiny_config(ttt_lora_lr=0.05)
+    """(model, documents, config)"""
+    cfg = tiny_config()
     return tiny_model(cfg, rt), tiny_documents([50, 9, 60, 33, 40]), cfg
 
 
-@pytest.mark.parametrize("how", [HOW, tg.Condition(8, 24, 4), tg.Condition(32, 32, 4, isolated=False)])
+@pytest.mark.parametrize("how", [HOW, STREAM, tg.Condition(8, 24, 4), tg.Condition(32, 32, 4, isolated=False)])
 def test_sound_code_passes(scored, rt, how):
     model, docs, cfg = scored
     # The longest and the third longest document, of 60 and 39 predictions, keep their beginnings.
@@ -176,51 +179,54 @@ def test_few_and_short_documents_pass(rt, lengths, compared):
     assert found == f"documents:{len(lengths)} compared:{compared}"
 
 
-def learn_then_score(model, batch, adapters, learn):
+def learn_then_score(model, batch, adapters, memory, learn):
     if learn:
-        tg_score_then_learn(model, batch, adapters, learn)
-    return tg_score_then_learn(model, batch, adapters, False)
+        tg_score_then_learn(model, batch, adapters, memory, learn)
+        if memory:
+            memory.now -= memory.how.chunk
+    return tg_score_then_learn(model, batch, adapters, memory, False)
 
 
 tg_score_then_learn = tg.score_then_learn
 
 
-def remember_everything(self, documents):
-    if not hasattr(self, "flat"):
-        tg_reset(self, documents)
+def remember_everything(self, rows):
+    """Whoever sits down finds what the last one left."""
 
 
-tg_reset = tg.DocumentAdapters.reset
-
-
-def remember_for_ever(self, documents):
+def remember_for_ever(self, *arguments):
     """State on the class outlives every evaluation, the audit's own included."""
-    if not hasattr(tg.DocumentAdapters, "kept"):
-        tg_reset(self, 64)
-        tg.DocumentAdapters.kept = self.flat, self.mean, self.square
-    self.flat, self.mean, self.square = (tensor[:documents] for tensor in tg.DocumentAdapters.kept)
-    self.steps = 0
+    tg_init(self, *arguments)
+    kept = tg.DocumentAdapters.__dict__.get("kept", [])
+    for mine, theirs in zip(self.state, kept, strict=bool(kept)):
+        mine.copy_(theirs)
+    tg.DocumentAdapters.kept = self.state
+    self.reset = lambda rows: None
 
 
-def learn_for_good(model, batch, adapters, learn):
-    losses = tg_score_then_learn(model, batch, adapters, learn)
+tg_init = tg.DocumentAdapters.__init__
+
+
+def learn_for_good(model, batch, adapters, memory, learn):
+    losses = tg_score_then_learn(model, batch, adapters, memory, learn)
     if learn:
         model.blocks[0].q_gain = model.blocks[0].attn.q_gain.mul_(1 + 1e-3 * float(losses.mean()))
     return losses
 
 
-def look_ahead_in_slid_windows(tokens, starts, predictions, rows, c, how, rt):
+def look_ahead_in_slid_windows(tokens, starts, left, places, how, rt):
     """Windows that no longer begin with their document show each prediction what follows its target."""
-    batch = tg_gather_chunk(tokens, starts, predictions, rows, c, how, rt)
-    slid = torch.from_numpy(np.minimum(predictions[rows], (c + 1) * how.chunk) > how.window)[:, None]
-    return replace(batch, at=(batch.at + 2 * slid).clamp(max=batch.ids.shape[1] - 1))
+    batch = tg_gather_chunk(tokens, starts, left, places, how, rt)
+    slid = torch.from_numpy(places + np.minimum(left, how.chunk) > how.window)[:, None]
+    at = torch.arange(batch.targets.shape[1]).expand_as(batch.targets) if batch.at is None else batch.at
+    return replace(batch, at=(at + 2 * slid).clamp(max=batch.ids.shape[1] - 1))
 
 
 tg_gather_chunk = tg.gather_chunk
 
 
-def share_lessons(self, grad, **settings):
-    tg_adam(self, grad.mean(0, keepdim=True).expand_as(grad), **settings)
+def share_lessons(self, rows, grad):
+    tg_adam(self, rows, grad.mean(0, keepdim=True).expand_as(grad))
 
 
 tg_adam = tg.DocumentAdapters.adam
@@ -234,32 +240,64 @@ def normalise_over_the_batch(x):
     return x / x.square().mean().sqrt()
 
 
+def see_the_future_of_the_chunk(self, rows):
+    tg_turn(self, rows)
+    self.bias[:, :, self.size :] = 0
+
+
+def see_what_others_left(self, rows):
+    """A memory that shows whatever is in it, be it from another document."""
+    self.began.zero_()
+    tg_turn(self, rows)
+
+
+tg_turn = tg.Memory.turn
+
+
+def share_the_past(self, layer, q, k, v):
+    """Every document reads what the one in the last seat remembers."""
+    for half in self.rings[layer]:
+        half.copy_(half[-1:].clone().expand_as(half))
+    return tg_attend(self, layer, q, k, v)
+
+
+tg_attend = tg.Memory.attend
+
+
 BUGS = {
     "learning before scoring": (tg, "score_then_learn", learn_then_score),
-    "adapters kept from batch to batch": (tg.DocumentAdapters, "reset", remember_everything),
-    "adapters kept from evaluation to evaluation": (tg.DocumentAdapters, "reset", remember_for_ever),
+    "adapters kept from document to document": (tg.DocumentAdapters, "reset", remember_everything),
+    "adapters kept from evaluation to evaluation": (tg.DocumentAdapters, "__init__", remember_for_ever),
     "a weight that learns": (tg, "score_then_learn", learn_for_good),
     "a look ahead in slid windows": (tg, "gather_chunk", look_ahead_in_slid_windows),
     "one gradient for all documents": (tg.DocumentAdapters, "adam", share_lessons),
     "attention without a mask": (tg, "causal_attention", see_the_future),
     "statistics of the whole batch": (tg, "rms_norm", normalise_over_the_batch),
 }
+STREAM_BUGS = {name: bug for name, bug in BUGS.items() if bug[1] not in ("gather_chunk", "causal_attention")} | {
+    "a chunk that sees its own future": (tg.Memory, "turn", see_the_future_of_the_chunk),
+    "a memory that outlives its document": (tg.Memory, "turn", see_what_others_left),
+    "a memory of another document": (tg.Memory, "attend", share_the_past),
+}
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_leak_is_found(scored, rt, monkeypatch, bug):
+@pytest.mark.parametrize(("how", "bug"), [*((HOW, bug) for bug in BUGS.items()),
+                                          *((STREAM, bug) for bug in STREAM_BUGS.items())])  # fmt: skip
+def test_a_leak_is_found(scored, rt, monkeypatch, how, bug):
     model, docs, cfg = scored
-    monkeypatch.setattr(*BUGS[bug])
+    monkeypatch.setattr(*bug[1])
+    monkeypatch.delattr(tg.DocumentAdapters, "kept", raising=False)
     with pytest.raises(tg.UserError, match=r"audit causality: .* moved scores by up to .*leaks"):
-        tg.audit_causality(model, docs, HOW, cfg, rt)
+        tg.audit_causality(model, docs, how, cfg, rt)
 
 
 @pytest.mark.parametrize("length", [10, 16, 17, 18, 24, 25, 33, 60])
-def test_learning_before_scoring_is_found_at_any_length(rt, monkeypatch, length):
-    cfg = tiny_config(ttt_lora_lr=0.05)
+@pytest.mark.parametrize("how", [HOW, STREAM])
+def test_learning_before_scoring_is_found_at_any_length(rt, monkeypatch, how, length):
+    cfg = tiny_config()
     monkeypatch.setattr(tg, "score_then_learn", learn_then_score)
     with pytest.raises(tg.UserError, match="audit causality"):
-        tg.audit_causality(tiny_model(cfg, rt), tiny_documents([length]), HOW, cfg, rt)
+        tg.audit_causality(tiny_model(cfg, rt), tiny_documents([length]), how, cfg, rt)
 
 
 def test_noise_of_kernels_is_allowed_for_where_there_is_any(scored, rt, monkeypatch):
@@ -280,7 +318,7 @@ def test_noise_of_kernels_is_allowed_for_where_there_is_any(scored, rt, monkeypa
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 def test_scores_that_are_no_numbers_do_not_pass(scored, rt, monkeypatch, fill):
     model, docs, cfg = scored
-    monkeypatch.setattr(tg, "score_then_learn", lambda model, batch, *_: torch.full(batch.at.shape, fill))
+    monkeypatch.setattr(tg, "score_then_learn", lambda model, batch, *_: torch.full(batch.targets.shape, fill))
     with pytest.raises(tg.UserError, match="audit causality"):
         tg.audit_causality(model, docs, HOW, cfg, rt)
 
@@ -288,15 +326,15 @@ def test_scores_that_are_no_numbers_do_not_pass(scored, rt, monkeypatch, fill):
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_run_that_learns_before_it_scores_stops(tmp_path, ranks):
     old = "    return losses.detach()\n"
-    new = "        if learn:\n            losses = score_then_learn(model, batch, adapters, False)\n" + old
+    new = "        if learn:\n            losses = score_then_learn(model, batch, adapters, memory, False)\n" + old
     done = run_script(tmp_path, ranks, changed_script(tmp_path, old, new), **EVAL_ARTIFACT)
     assert refusal(done).startswith("error: audit causality: ")
     assert "condition:flat" in done.stdout and "condition:ttt" not in done.stdout
 
 
 def test_a_run_that_skips_tokens_stops(tmp_path):
-    old = "                learners = more"
-    script = changed_script(tmp_path, old, f"                live -= c == 1\n{old}")
+    old = "                ledger.index_add_("
+    script = changed_script(tmp_path, old, f"                entry[:, -1, -1] *= numbers.max() != 1\n{old}")
     line = refusal(run_script(tmp_path, 0, script, **EVAL_ARTIFACT, EVAL="stride"))
     assert re.match(r"error: audit coverage: position \d+: scored 0 times, loss 0; expected 1 times", line)
 

@@ -1,13 +1,14 @@
 """The evaluation: which position is scored where, score before learning, and nothing leaks between documents."""
 
 import csv
+import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_documents, tiny_model, tiny_table
+from conftest import tiny_condition, tiny_config, tiny_documents, tiny_model, tiny_table
 
 import train_gpt as tg
 
@@ -15,8 +16,12 @@ C, W = 8, 24
 LENGTHS = [2, 3, C, C + 1, C + 2, W, W + 1, W + 2, 5 * C + 7]
 
 
-def score(model, docs, cfg, rt, learn=True):
-    return tg.evaluate(model, docs, tg.Condition(C, W, cfg.ttt_batch_size, learn), cfg, rt)
+def score(model, docs, cfg, rt, learn=True, stream=False):
+    return tg.evaluate(model, docs, tiny_condition(cfg, learn, stream), cfg, rt)
+
+
+def stream_score(model, docs, cfg, rt):
+    return score(model, docs, cfg, rt, stream=True)
 
 
 def flat_score(model, docs, cfg, rt):
@@ -28,8 +33,8 @@ def recorded(monkeypatch):
     """Every chunk that passes the one place that scores, as (batch, losses)."""
     calls, original = [], tg.score_then_learn
 
-    def record(model, batch, adapters, learn):
-        losses = original(model, batch, adapters, learn)
+    def record(model, batch, adapters, memory, learn):
+        losses = original(model, batch, adapters, memory, learn)
         calls.append((batch, losses))
         return losses
 
@@ -52,38 +57,72 @@ def brute_force(length, chunk, window):
 
 
 @pytest.mark.parametrize(("chunk", "window"), [(C, W), (W, W), (C, C), (1, 5)])
-def test_each_position_is_scored_once_in_its_window(rt, chunk, window):
-    """All lengths in one batch; tokens are their own positions, so a gathered window shows where it came from."""
-    stream = np.arange(sum(LENGTHS))
-    starts = np.cumsum([0, *LENGTHS[:-1]])
-    predictions = np.array(LENGTHS) - 1
-    seen = [{} for _ in LENGTHS]
-    chunks = -(-predictions // chunk)
-    for c in range(chunks.max()):
-        group = np.flatnonzero(chunks > c)
-        how = tg.Condition(chunk, window, 64)
-        batch = tg.gather_chunk(torch.from_numpy(stream), starts[group], predictions[group], slice(None), c, how, rt)
-        for row, document in enumerate(group):
-            live = batch.live[row]
-            columns = (part[row][live] for part in (batch.at, batch.positions, batch.targets))
-            for at, place, target in zip(*columns, strict=True):
-                context = batch.ids[row][: at + 1].tolist()
-                assert context == list(range(context[0], context[-1] + 1)) and int(target) == context[-1] + 1
-                assert int(place) == context[-1]
-                position = context[-1] - starts[document]
-                assert position not in seen[document]
-                seen[document][position] = context[0] - starts[document]
-    assert seen == [brute_force(length, chunk, window) for length in LENGTHS]
-
-
-def test_a_finished_document_costs_no_row(rt, recorded):
-    """Rows computed = chunks that exist, whatever the lengths; every live position counted once."""
-    cfg = tiny_config(ttt_batch_size=4)
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_position_is_scored_once_in_its_window(rt, recorded, monkeypatch, chunk, window, stream):
+    """All lengths side by side; tokens are their own positions, so a gathered window shows where it came from."""
     docs = tiny_documents(LENGTHS)
-    result = score(tiny_model(cfg, rt), docs, cfg, rt)
-    assert sum(len(batch.ids) for batch, _ in recorded) == sum(math.ceil(n / C) for n in docs.predictions)
-    assert sum(int(batch.live.sum()) for batch, _ in recorded) == docs.predictions.sum() == result.totals[1]
-    assert result.totals[1] == sum(LENGTHS) - 1  # every token but the first document's BOS
+    docs = replace(docs, tokens=torch.arange(len(docs.tokens), dtype=torch.int32))
+    cfg = tiny_config(vocab_size=len(docs.tokens))
+    how = tg.Condition(chunk, window, 4, stream=stream)
+    tg.fill_ledger(tiny_model(cfg, rt), docs, how, cfg, rt)
+    seen = [{} for _ in LENGTHS]
+    for batch, _ in recorded:
+        at = torch.arange(batch.ids.shape[1]).expand_as(batch.targets) if batch.at is None else batch.at
+        for row, live in enumerate(batch.live):
+            columns = (part[row][live] for part in (at, batch.positions, batch.targets))
+            for place, position, target in zip(*columns, strict=True):
+                context = batch.ids[row][: place + 1].tolist()
+                assert context == list(range(context[0], context[-1] + 1)) and int(target) == context[-1] + 1
+                assert int(position) == context[-1]
+                document = int(np.searchsorted(docs.starts, context[-1], side="right")) - 1
+                inside = context[-1] - docs.starts[document]
+                assert inside not in seen[document]
+                seen[document][inside] = context[0] - docs.starts[document]
+    if stream:  # the tokens before the chunk are in the memory instead
+        assert seen == [{p: p // chunk * chunk for p in range(n)} for n in docs.predictions]
+    else:
+        assert seen == [brute_force(n + 1, chunk, window) for n in docs.predictions]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [2] * 30, [600, *range(2, 40)], [40] * 9, list(range(2, 90))])
+@pytest.mark.parametrize("learn", [False, True])
+def test_hardly_a_position_is_computed_in_vain(rt, lengths, learn):
+    """Work against what the windows need, whatever the lengths."""
+    cfg = tiny_config(ttt_batch_size=4)
+    docs = tiny_documents(lengths)
+    how, needed = tiny_condition(cfg, learn), 0
+    for n in docs.predictions:
+        needed += sum(min(min(end, n), W) for end in range(C, n + C, C))
+    result = score(tiny_model(cfg, rt), docs, cfg, rt, learn=learn)
+    assert how.work(docs.predictions).sum() == needed
+    assert needed <= result.computed <= 1.05 * needed
+    assert result.totals[1] == docs.predictions.sum()
+
+
+def test_a_stream_runs_each_token_once(rt):
+    """Up to the padding of each last chunk."""
+    cfg = tiny_config()
+    docs = tiny_documents(LENGTHS)
+    result = stream_score(tiny_model(cfg, rt), docs, cfg, rt)
+    assert result.computed == sum(math.ceil(n / C) * C for n in docs.predictions)
+    assert tiny_condition(cfg, stream=True).work(docs.predictions).tolist() == docs.predictions.tolist()
+
+
+def test_seats_are_filled_longest_first_and_never_idle():
+    """One long document does not hold up the others, and a turn has no empty seat between taken ones."""
+    chunks = np.array([3, 20, 1, 5, 5, 2, 4])
+    turns = list(tg.plan_seats(np.arange(7), chunks, 3))
+    assert len(turns) == 20  # the longest document, from the first turn to the last
+    assert [len(documents) for documents, _ in turns] == sorted((len(d) for d, _ in turns), reverse=True)
+    assert sorted((d, n) for turn in turns for d, n in zip(*turn, strict=True)) == [
+        (d, n) for d in range(7) for n in range(chunks[d])]  # fmt: skip
+    assert all(numbers[0] == turn and documents[0] == 1 for turn, (documents, numbers) in enumerate(turns))
+    for (before, last), (after, number) in itertools.pairwise(turns):
+        for seat in range(len(after)):  # a document goes on where it was, or the next one begins at its beginning
+            same = before[seat] == after[seat]
+            assert number[seat] == (last[seat] + 1 if same else 0)
+            assert same or last[seat] == chunks[before[seat]] - 1
+    assert list(tg.plan_seats(np.array([], dtype=np.int64), chunks, 0)) == []
 
 
 # -- against a document at a time -----------------------------------------------------------------------------------
@@ -93,9 +132,8 @@ def reference(model, docs, cfg, rt, chunk, window, learn):
     """(nats, tokens) of the recipe, one document and one chunk at a time, with torch's own Adam on plain tensors."""
     nats, tokens = 0.0, 0
     stream = docs.tokens.long()
-    start_values = tg.DocumentAdapters(model, cfg, rt)
+    start_values = tg.DocumentAdapters(model, tiny_condition(cfg), 1, cfg.seed, rt)
     for start, n in zip(docs.starts, docs.predictions, strict=True):
-        start_values.reset(1)
         fresh = start_values.pairs(start_values.flat)
         pairs = {name: tuple(t.clone().requires_grad_() for t in ab) for name, ab in fresh.items()}
         adam = torch.optim.Adam([t for ab in pairs.values() for t in ab], cfg.ttt_lora_lr, (0.9, 0.95), 1e-10)
@@ -134,14 +172,16 @@ def test_learning_rate_zero_equals_no_adapters(rt):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
-def test_batch_size_does_not_move_the_score(rt, batch_size):
+@pytest.mark.parametrize("evaluate", [score, stream_score])
+def test_batch_size_does_not_move_the_score(rt, batch_size, evaluate):
     model, docs = tiny_model(tiny_config(), rt), tiny_documents(LENGTHS)
-    expected = score(model, docs, tiny_config(), rt)
-    result = score(model, docs, tiny_config(ttt_batch_size=batch_size), rt)
+    expected = evaluate(model, docs, tiny_config(), rt)
+    result = evaluate(model, docs, tiny_config(ttt_batch_size=batch_size), rt)
     assert result.totals == (pytest.approx(expected.totals[0], rel=1e-6), *expected.totals[1:])
 
 
-def test_order_of_documents_does_not_move_the_score(rt):
+@pytest.mark.parametrize("evaluate", [score, stream_score])
+def test_order_of_documents_does_not_move_the_score(rt, evaluate):
     cfg = tiny_config()
     model = tiny_model(cfg, rt)
     texts = [np.random.default_rng(i).integers(4, 96, n - 1) for i, n in enumerate(LENGTHS)]
@@ -149,13 +189,13 @@ def test_order_of_documents_does_not_move_the_score(rt):
     for order in (range(len(LENGTHS)), np.random.default_rng(0).permutation(len(LENGTHS))):
         stream = np.concatenate([*(np.append(1, texts[i]) for i in order), [1]])
         docs = tg.split_documents(stream, 1, 0, tiny_table(96), rt.device)
-        scores.append(score(model, docs, cfg, rt))
+        scores.append(evaluate(model, docs, cfg, rt))
     assert scores[0].totals == (pytest.approx(scores[1].totals[0], rel=1e-6), *scores[1].totals[1:])
     assert scores[0].columns["doc"].tolist() != scores[1].columns["doc"].tolist()
 
 
 @pytest.mark.parametrize("world", [2, 3, 16])
-@pytest.mark.parametrize("evaluate", [score, flat_score])
+@pytest.mark.parametrize("evaluate", [score, flat_score, stream_score])
 def test_ranks_together_give_the_same_score(rt, world, evaluate):
     """The sums of every rank's share; 16 ranks are more than there are documents or rows."""
     cfg = tiny_config()
@@ -164,8 +204,9 @@ def test_ranks_together_give_the_same_score(rt, world, evaluate):
 
     class Ranked(tg.Runtime):
         def sum(self, values):
-            parts.append(values)
-            return whole if len(parts) > world else values
+            if values.ndim == 2:  # the ledger; the other sum is that of positions computed
+                parts.append(values)
+            return whole if len(parts) > world and values.ndim == 2 else values
 
     whole = None
     for rank in range(world):
@@ -190,32 +231,36 @@ def test_documents_are_shared_by_work():
 # -- the law --------------------------------------------------------------------------------------------------------
 
 
-def scores_by_position(model, docs, cfg, rt):
+def scores_by_position(model, docs, cfg, rt, stream):
     """[per document: losses of its predictions in order]."""
-    how = tg.Condition(C, W, cfg.ttt_batch_size, learn=True)
-    losses, times = tg.fill_ledger(model, docs, how, cfg, rt).numpy()
+    ledger, _ = tg.fill_ledger(model, docs, tiny_condition(cfg, stream=stream), cfg, rt)
+    losses, times = ledger.numpy()
     assert (times == 1).all()
     return [losses[start : start + n] for start, n in zip(docs.starts, docs.predictions, strict=True)]
 
 
-@pytest.fixture
-def law(rt):
-    """(model, config, documents, scores by position) at a rate high enough for any leak to show."""
+@pytest.fixture(params=[False, True], ids=["windows", "stream"])
+def law(rt, request):
+    """(scores by position, documents, those scores) at a rate high enough for any leak to show."""
     cfg = tiny_config(ttt_lora_lr=0.05)
     model, docs = tiny_model(cfg, rt), tiny_documents(LENGTHS)
-    return model, cfg, docs, scores_by_position(model, docs, cfg, rt)
+
+    def scores(docs):
+        return scores_by_position(model, docs, cfg, rt, request.param)
+
+    return scores, docs, scores(docs)
 
 
 @pytest.mark.parametrize("document", range(len(LENGTHS)))
 def test_a_later_token_never_changes_an_earlier_score(rt, law, document):
     """Change everything from token t on: the scores of predictions before t - 1 stay the same to the last bit."""
-    model, cfg, docs, before = law
+    scores, docs, before = law
     n = int(docs.predictions[document])
     for t in sorted({1, 2, C - 1, C, C + 1, n // 2, n - 1, n} & set(range(1, n + 1))):
         tokens = docs.tokens.clone()
         span = slice(int(docs.starts[document]) + t, int(docs.starts[document]) + n)
         tokens[span] = (tokens[span] - 4 + 17) % 92 + 4
-        after = scores_by_position(model, replace(docs, tokens=tokens), cfg, rt)
+        after = scores(replace(docs, tokens=tokens))
         assert np.array_equal(after[document][: t - 1], before[document][: t - 1])
         if t < n:  # and the change was a real one
             assert not np.array_equal(after[document][t - 1 :], before[document][t - 1 :])
@@ -225,24 +270,26 @@ def test_a_later_token_never_changes_an_earlier_score(rt, law, document):
 
 
 def test_other_documents_change_nothing(rt, law):
-    model, cfg, docs, before = law
+    scores, docs, before = law
     kept = len(LENGTHS) - 1
     tokens = docs.tokens.clone()
     first = int(docs.starts[kept])
     inside = tokens[:first] != 1
     tokens[:first][inside] = (tokens[:first][inside] - 4 + 31) % 92 + 4
-    after = scores_by_position(model, replace(docs, tokens=tokens), cfg, rt)
+    after = scores(replace(docs, tokens=tokens))
     assert np.array_equal(after[kept], before[kept])
     assert not np.array_equal(after[0], before[0])
 
 
-def test_learning_helps_on_a_document_that_repeats_itself(rt):
+@pytest.mark.parametrize("stream", [False, True])
+def test_learning_helps_on_a_document_that_repeats_itself(rt, stream):
     """The point of it all: adapters must lower the loss of later chunks of a predictable document."""
     cfg = tiny_config(ttt_lora_lr=0.02)
     model = tiny_model(cfg, rt)
-    stream = np.concatenate(([1], np.tile([7, 8, 9, 10], 40)))
-    docs = tg.split_documents(stream.astype(np.uint16), 1, 0, tiny_table(96), rt.device)
-    assert score(model, docs, cfg, rt).loss < score(model, docs, cfg, rt, learn=False).loss - 0.5
+    text = np.concatenate(([1], np.tile([7, 8, 9, 10], 40)))
+    docs = tg.split_documents(text.astype(np.uint16), 1, 0, tiny_table(96), rt.device)
+    plain = score(model, docs, cfg, rt, learn=False, stream=stream)
+    assert score(model, docs, cfg, rt, stream=stream).loss < plain.loss - 0.5
 
 
 def test_the_model_itself_is_left_as_it_was(rt):
@@ -252,6 +299,84 @@ def test_the_model_itself_is_left_as_it_was(rt):
     score(model, docs, cfg, rt)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+# -- streaming --------------------------------------------------------------------------------------------------------
+
+
+def banded_losses(model, docs, window):
+    """Losses (n - 1,) of one pass over each document, in which a query sees itself and window - 1 tokens before."""
+    out, stream = torch.zeros(len(docs.tokens) - 1), docs.tokens.long()
+    n = int(docs.predictions.max())
+    age = torch.arange(n)[:, None] - torch.arange(n)
+    bias = torch.zeros(n, n).masked_fill((age < 0) | (age >= window), -math.inf)
+
+    class Whole:
+        """Stands in for a memory: absolute positions, and a mask in place of a past."""
+
+        def __init__(self, n):
+            self.n, self.rope = n, tg.rope_tables(torch.arange(n), model.blocks[0].attn.head_dim, 10000.0)
+
+        def attend(self, layer, q, k, v):
+            mask = bias[: self.n, : self.n]
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    for start, n in zip(docs.starts, docs.predictions, strict=True):
+        span = stream[start : start + n + 1][None]
+        with torch.no_grad():
+            out[start : start + n] = model(span[:, :-1], span[:, 1:], memory=Whole(int(n)))[0]
+    return out
+
+
+@pytest.mark.parametrize("chunk", [1, 5, C, W, 30, 64])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_a_stream_that_learns_nothing_is_one_banded_pass(rt, chunk, batch):
+    """A query sees itself and the W - 1 tokens before it, in every layer, wherever the chunk boundary falls."""
+    cfg = tiny_config()
+    model, docs = tiny_model(cfg, rt), tiny_documents([*LENGTHS, 120, 200])
+    for lesson in (None, tg.Lesson(tg.TARGETS, 4, 0.0)):
+        how = tg.Condition(chunk, W, batch, lesson, stream=True)
+        ledger, _ = tg.fill_ledger(model, docs, how, cfg, rt)
+        torch.testing.assert_close(ledger[0], banded_losses(model, docs, W), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("now", [0, 7 * C, 130_000])
+def test_positions_far_out_lose_no_precision(rt, now):
+    """A document that sits down late scores what it scores at the start; rotations agree with fp64."""
+    cfg = tiny_config()
+    model, docs, how = tiny_model(cfg, rt), tiny_documents([60]), tiny_condition(cfg, learn=False, stream=True)
+    model = tg.frozen(model)
+    memory = tg.Memory(model, how, 1, rt)
+    memory.now = now
+    memory.reset(torch.tensor([0]))
+    losses = []
+    for c in range(7):
+        place = np.array([c * C])
+        batch = tg.gather_chunk(docs.tokens, docs.starts, docs.predictions - place, place, how, rt)
+        losses.append(tg.score_then_learn(model, replace(batch, rows=slice(1)), None, memory, False)[0])
+        frequencies = 10000.0 ** -(torch.arange(4).double() / 4)
+        exact = torch.outer(torch.arange(now + c * C, now + (c + 1) * C).double(), frequencies)
+        for ours, expected in zip(memory.rope, (exact.cos(), exact.sin()), strict=True):
+            torch.testing.assert_close(ours[:, :4].double(), expected, atol=1e-7, rtol=0)
+    assert memory.now == now + 7 * C
+    torch.testing.assert_close(torch.cat(losses), banded_losses(model, docs, W)[: 7 * C], atol=1e-5, rtol=0)
+
+
+def test_a_memory_does_not_grow(rt, monkeypatch):
+    """Its size is that of the window in whole chunks, whatever the documents."""
+    cfg = tiny_config()
+    model, sizes, original = tiny_model(cfg, rt), [], tg.Memory.turn
+    memory = tg.Memory(model, tiny_condition(cfg, stream=True, chunk=7), 3, rt)
+    assert [tuple(ring.shape) for ring in memory.rings] == [(2, 3, 2, 28, 8)] * 3
+
+    def weigh(self, rows):
+        original(self, rows)
+        sizes.append(sum(tensor.nbytes for tensor in (*self.rings, self.bias, *self.rope)))
+
+    monkeypatch.setattr(tg.Memory, "turn", weigh)
+    for lengths in ([30], [3000]):
+        stream_score(model, tiny_documents(lengths), cfg, rt)
+    assert len(sizes) == 4 + 375 and len(set(sizes)) == 1
 
 
 # -- flat -------------------------------------------------------------------------------------------------------------
@@ -279,13 +404,17 @@ def test_a_stream_shorter_than_a_row_is_one_row(rt):
 
 
 def test_the_ladder_is_the_record_s():
-    docs = tiny_documents([5000])
-    rungs = tg.ladder(docs, tg.Config(grad_accum_steps=8), tg.Runtime(docs.tokens.device, torch.float32))
-    shapes = {name: (how.chunk, how.window, how.learn, how.isolated) for name, how in rungs.items()}
+    docs, cfg = tiny_documents([5000]), tg.Config(grad_accum_steps=8, ttt_stream_targets=("fc",), ttt_stream_lr=0.5)
+    rungs = tg.ladder(docs, cfg, tg.Runtime(docs.tokens.device, torch.float32))
+    shapes = {name: (how.chunk, how.window, how.stream, how.isolated) for name, how in rungs.items()}
     assert shapes == {
         "flat": (1024, 1024, False, False), "doc": (1024, 1024, False, True),
-        "stride": (256, 1024, False, True), "ttt": (256, 1024, True, True),
+        "stride": (256, 1024, False, True), "ttt": (256, 1024, False, True),
+        "stream_fast": (128, 1024, True, True), "stream": (cfg.ttt_stream_chunk, 1024, True, True),
     }  # fmt: skip
+    assert rungs["ttt"].lesson == tg.Lesson(("c_q", "c_v", "lm_head"), 8, 0.01, (0.9, 0.95), spread=1.0, decay=0.0)
+    assert (rungs["stream"].lesson.targets, rungs["stream"].lesson.lr) == (("fc",), 0.5)
+    assert [name for name, how in rungs.items() if how.lesson] == ["ttt", "stream_fast", "stream"]
 
 
 def with_lead(lengths):
@@ -295,13 +424,13 @@ def with_lead(lengths):
     return tg.split_documents(stream, 1, 0, tiny_table(96), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["flat", "doc", "stride", "ttt"])
+@pytest.mark.parametrize("name", ["flat", "doc", "stride", "ttt", "stream"])
 def test_columns_add_up_chunk_by_chunk(rt, name):
     """Every row against sums taken straight from the ledger: pieces of one length, whatever the condition's chunk."""
     cfg = tiny_config()
     model, docs = tiny_model(cfg, rt), with_lead([2, 8, 40, 9, 70])
     how = tg.ladder(docs, cfg, rt)[name]
-    ledger = tg.fill_ledger(model, docs, how, cfg, rt)
+    ledger, _ = tg.fill_ledger(model, docs, how, cfg, rt)
     losses, times = ledger.double().numpy()
     starts, ends = docs.starts, docs.starts + docs.predictions
     expected = []
