@@ -5,6 +5,7 @@ import sys
 import invariance
 import numpy as np
 import pytest
+import ttt_eval
 from conftest import CONFORMANCE, CPU, tiny_table
 
 import train_gpt as tg
@@ -35,3 +36,38 @@ def test_invariance_prints_spreads_and_judges_them(monkeypatch, capsys, promised
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0].strip("| ") for row in table] == [*runs, "**spread**"]
     assert all(2 < float(row[2]) < 3 for row in table[:-1])
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The conformance artifact and its first four documents, as the benchmark loads them."""
+    return ttt_eval.Bench.load(CONFORMANCE / "final_model.int8.ptz", CONFORMANCE, 4)
+
+
+def test_the_naive_baseline_is_the_same_recipe(bench):
+    """It scores what ours scores, at the price of positions that nobody needs."""
+    naive, ours = bench.evaluate("naive"), bench.evaluate("ttt")
+    assert naive.bpb == pytest.approx(ours.bpb, abs=5e-4)
+    assert abs(naive.bpb - bench.evaluate("stride").bpb) > 5e-3  # which learning tells apart
+    needed = bench.condition("ttt").work(bench.docs.predictions).sum()
+    assert ours.computed <= 1.05 * needed < naive.computed
+
+
+def test_costs_are_printed_for_every_variant(bench, capsys):
+    ttt_eval.compare(bench, 1)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    rows = [[cell.strip("| x%") for cell in row] for row in rows if len(row) == 11][1:]
+    assert [row[0] for row in rows] == list(ttt_eval.VARIANTS)
+    assert float(rows[1][2]) == 0 and float(rows[2][2]) == 1 and float(rows[0][4]) == 1
+    for name, *_, flops, rate, _, memory, operations in rows:
+        positions = bench.evaluate(name).computed
+        forward = 2 * sum(p.numel() for p in bench.model.parameters() if p.ndim == 2) * positions
+        assert 0.9 * forward < float(flops) * 1e12 + 5e9 and float(rate) > 0, name
+        assert float(memory) > 100 and float(operations) > 100
+
+
+def test_synthetic_documents_have_the_lengths_asked_for(bench):
+    docs = ttt_eval.synthetic(bench.docs, [9000, 10, 700])
+    assert docs.predictions.tolist() == [9000, 10, 700] and docs.starts.tolist() == [0, 9000, 9010]
+    assert len(docs.tokens) == 9711 == len(docs.bytes) + 1
+    assert docs.tokens[len(bench.docs.tokens) - 1] == bench.docs.tokens[0]
