@@ -716,12 +716,7 @@ class GPT(nn.Module):
         return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor,
-        at: Tensor | None = None,
-        adapters: Adapters = NO_LORA,
-        memory: Memory | None = None,
+        self, ids: Tensor, targets: Tensor, at: Tensor | None = None, adapters: Adapters = NO_LORA, memory: Any = None
     ) -> Tensor:
         """Cross-entropy of each target in nats, always one per token: (B, S) fp32. Callers reduce.
 
@@ -1190,11 +1185,11 @@ def share_documents(work: np.ndarray, world: int) -> list[np.ndarray]:
 class Memory:
     """Keys and values of at least the last W - 1 tokens of documents side by side, in every layer.
 
-    They stay as they were when their chunk was scored, without gradients, in a ring that all seats turn together: its
-    size does not depend on the documents. Time is counted from the start of the evaluation, and rotary positions are
-    times: attention depends on differences alone. Through the layers, text older than W reaches a token, as it would
-    in one pass over the document under a banded mask, which is what a stream that learns nothing equals; windows are
-    cut off from it. Source of the memory: Transformer-XL, https://arxiv.org/abs/1901.02860.
+    They stay as they were when their chunk was scored, without gradients, in a ring that all seats turn together, of
+    a size that does not depend on the documents. Time counts from the start of the evaluation, and rotary positions
+    are times, since attention depends on differences alone. A stream that learns nothing equals one pass over each
+    document under a banded mask. That is not what windows give: through the layers, text older than W reaches a token.
+    Source of the memory: Transformer-XL, https://arxiv.org/abs/1901.02860.
     """
 
     def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
@@ -1294,11 +1289,14 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
     """
     lanes = sorted((documents[share] for share in share_documents(chunks[documents], seats)),
                    key=lambda lane: -chunks[lane].sum())  # fmt: skip
-    turns = [np.repeat(lane, chunks[lane]) for lane in lanes]
-    numbers = [np.concatenate([np.arange(n) for n in chunks[lane]]) for lane in lanes]
-    for turn in range(max(map(len, turns), default=0)):
-        live = sum(len(lane) > turn for lane in turns)
-        yield tuple(np.array([lane[turn] for lane in table[:live]]) for table in (turns, numbers))
+    queue = np.concatenate([documents[:0], *lanes])
+    begins = np.concatenate([queue[:0], *(np.cumsum(chunks[lane]) - chunks[lane] for lane in lanes)])
+    document, number = np.repeat(queue, chunks[queue]), np.arange(chunks[queue].sum())
+    number -= np.repeat(np.cumsum(chunks[queue]) - chunks[queue], chunks[queue])
+    turn = np.repeat(begins, chunks[queue]) + number
+    order, ends = np.argsort(turn, kind="stable"), np.cumsum(np.bincount(turn))
+    for begin, end in zip(np.append(0, ends[:-1]), ends, strict=False):
+        yield document[order[begin:end]], number[order[begin:end]]
 
 
 def group_windows(left: np.ndarray, ends: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool]]:
