@@ -162,27 +162,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
-    kind, least, choices = type(spec.default), spec.metadata["least"], spec.metadata["choices"]
-    single = type(spec.default[0]) if kind is tuple else kind
-    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "one of"}[single]
-    if kind is tuple:
-        expected = "some of" if choices else ",".join([expected] * len(spec.default))
+    several, least, choices = isinstance(spec.default, tuple), spec.metadata["least"], spec.metadata["choices"]
+    defaults, texts = (spec.default, text.split(",")) if several else ((spec.default,), [text])
+    kind, count = type(defaults[0]), len(defaults)
+    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "one of"}[kind]
+    if several:
+        expected = "some of" if choices else ",".join([expected] * count)
     expected += " " + ", ".join(choices) if choices else ""
     expected += f" of at least {least:g}" if least is not None else ""
-    try:
-        texts = text.split(",") if kind is tuple else [text]
-        parts = tuple({"0": False, "1": True}[t] if single is bool else single(t) for t in texts)
-        value, lowest = parts if kind is tuple else parts[0], -(2**62) if least is None else least
+    with contextlib.suppress(ValueError, KeyError):
+        parts = tuple({"0": False, "1": True}[t] if kind is bool else kind(t) for t in texts)
+        lowest = -(2**62) if least is None else least
         if choices:
-            fits = set(parts) <= set(choices) and len(set(parts)) == len(parts)
+            fits = len(set(parts) & set(choices)) == len(parts)  # all known, none twice
         else:
-            numbers = kind is str or all(lowest <= part < 2**62 for part in parts)
-            fits = numbers and (kind is not tuple or len(parts) == len(spec.default))
-    except (ValueError, KeyError):
-        fits = False
-    if not fits:
-        raise AgreedError(f"{name}={text!r}: expected {expected}; set it so or unset it")
-    return value
+            fits = len(parts) == count and (kind is str or all(lowest <= part < 2**62 for part in parts))
+        if fits:
+            return parts if several else parts[0]
+    raise AgreedError(f"{name}={text!r}: expected {expected}; set it so or unset it")
 
 
 def spell(value: Any) -> str:
@@ -193,19 +190,16 @@ def spell(value: Any) -> str:
 
 
 def read_config(env: Mapping[str, str]) -> Config:
-    """Settings from the environment: explicit variables win over the preset, the preset over the defaults.
-
-    Raises `AgreedError` for a value that does not parse and for settings that cannot work together.
-    """
+    """Settings from the environment, else the preset's, else the defaults. `AgreedError` for what cannot be or work."""
     given = {f.name: _parse(f.name.upper(), env[f.name.upper()], f) for f in fields(Config) if f.name.upper() in env}
     device, preset = given.get("device", "auto"), given.get("preset", "auto")
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     preset = preset if preset != "auto" else "baseline" if device == "cuda" else "cpu"
     cfg = replace(Config(), **PRESETS[preset] | given | {"device": device, "preset": preset})
     world = _parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), _opt(1, "ranks", 1))
-    if not given.get("grad_accum_steps"):
-        alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
-        cfg = replace(cfg, grad_accum_steps=alone // world if alone % world == 0 else 1)
+    alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
+    shared = alone // world if alone % world == 0 else 1
+    cfg = replace(cfg, grad_accum_steps=given.get("grad_accum_steps") or shared)
     check_config(cfg, world)
     return cfg
 
@@ -214,7 +208,7 @@ def check_config(cfg: Config, world: int) -> None:
     """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(unit, round(cfg.train_batch_tokens / unit) * unit)
-    rules = (
+    for holds, line in (
         (re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}|", cfg.run_id),
          f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it"),
         (not cfg.scores_path or (cfg.scores_path.endswith(".csv") and not Path(cfg.out_dir, cfg.scores_path).is_dir()),
@@ -235,8 +229,7 @@ def check_config(cfg: Config, world: int) -> None:
         (cfg.eval_only or cfg.train_batch_tokens % unit == 0,
          f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
          f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is {nearest}"),
-    )  # fmt: skip
-    for holds, line in rules:
+    ):  # fmt: skip
         if not holds:
             raise AgreedError(line)
 
