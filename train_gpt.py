@@ -266,8 +266,10 @@ class Runtime:
             torch.backends.cuda.enable_cudnn_sdp(False)
             torch.backends.cuda.enable_mem_efficient_sdp(False)
             torch.backends.cuda.enable_math_sdp(rt.dtype == torch.float32)
-        else:
-            keep_freed_memory()
+        elif mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+            # glibc keeps what is freed: asking the kernel for every tensor anew costs up to a third of a step.
+            mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
         if world:
             # gloo carries what lives on the CPU (clock, error lines), so that agreeing on them never waits for a GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
@@ -277,7 +279,7 @@ class Runtime:
     def open_log(self, cfg: Config, env: Mapping[str, str]) -> None:
         """Start the log file with what identifies the run, this script first. `OSError` where it cannot be written."""
         self.suffix = " partial" if cfg.max_val_docs else ""
-        if self.rank != 0:
+        if self.rank:
             return
         self.log_path = Path(cfg.out_dir) / "logs" / f"{cfg.run_id or uuid.uuid4()}.txt"
         for path in (self.log_path, Path(cfg.out_dir, cfg.scores_path)):
@@ -362,25 +364,14 @@ class Runtime:
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep what it frees: asking the kernel for every tensor anew costs up to a third of a step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
-    """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q.
-
-    CUDA has a flash kernel. The one for CPUs loses to plain bf16 matrix products, half of which a causal mask saves
-    when queries are taken in blocks that see the keys up to their own end (records/NOTES.md).
-    """
+    """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # The flash kernel for CPUs loses to plain bf16 matrix products, half of which a causal mask saves when queries are
+    # taken in blocks that see the keys up to their own end (records/NOTES.md).
     rows, (length, dim), share = q.size(0) * k.size(1), q.shape[2:], q.size(1) // k.size(1)
-    k, v = k.reshape(rows, length, dim), v.reshape(rows, length, dim)
-    out = []
+    k, v, out = k.reshape(rows, length, dim), v.reshape(rows, length, dim), []
     for part in (q * dim**-0.5).view(rows, share, length, dim).split(block, dim=2):
         begin, size = sum(o.size(2) for o in out), part.size(2)
         future = torch.full((size, begin + size), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
