@@ -432,36 +432,26 @@ def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
     """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
     try:
         tokenizer = SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        if tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0:
+            return tokenizer
         found = f"{tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
-        fits = tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0
     except (OSError, RuntimeError) as error:
-        found, fits = f"no usable file ({type(error).__name__})", False
-    if not fits:
-        raise UserError(
-            f"TOKENIZER_PATH={path}: found {found}; expected the SentencePiece .model that made the shards, with BOS"
-            f" and the model's {vocab_size} pieces; correct the path or VOCAB_SIZE"
-        )
-    return tokenizer
+        found = f"no usable file ({type(error).__name__})"
+    expected = f"the SentencePiece .model that made the shards, with BOS and the model's {vocab_size} pieces"
+    raise UserError(f"TOKENIZER_PATH={path}: found {found}; expected {expected}; correct the path or VOCAB_SIZE")
 
 
 @dataclass(frozen=True)
 class ByteTable:
-    """UTF-8 bytes that a target token stands for.
+    """UTF-8 bytes that a target token stands for: those of its piece's text, in which every `▁` is a space."""
 
-    Control, unknown and unused pieces stand for 0 bytes, byte-fallback pieces for 1, any other for the UTF-8 length of
-    its text, in which every `▁` is a space; a leading one counts only after a token that itself stands for text.
-    """
-
-    base: np.ndarray  # (V,) int64, bytes without the leading space
-    leading_space: np.ndarray  # (V,) bool
-    is_text: np.ndarray  # (V,) bool, false for the 0-byte pieces
+    base: np.ndarray  # (V,) int64, bytes without a leading space; byte-fallback pieces: 1
+    leading_space: np.ndarray  # (V,) bool; it counts only after a token that itself stands for text
+    is_text: np.ndarray  # (V,) bool, false for control, unknown and unused pieces, which stand for 0 bytes
 
     @classmethod
     def build(cls, tokenizer: SentencePieceProcessor) -> ByteTable:
-        """The table of a tokenizer. `UserError` if it has no piece for a space on its own.
-
-        Byte fallback spells a `▁` that has no piece as three bytes, so that every such space would count three times.
-        """
+        """The table of a tokenizer. `UserError` if it has no piece for a space on its own."""
         rows = []
         for i in range(tokenizer.vocab_size()):
             piece, byte = tokenizer.id_to_piece(i), tokenizer.is_byte(i)
@@ -469,7 +459,7 @@ class ByteTable:
             size = 1 if byte else len(piece.removeprefix("▁").replace("▁", " ").encode())
             rows.append((size if text else 0, text and not byte and piece.startswith("▁"), text))
         base, space, text = np.array(rows, dtype=np.int64).T
-        if not text[tokenizer.piece_to_id("▁")]:
+        if not text[tokenizer.piece_to_id("▁")]:  # byte fallback would spell, and count, such a space as three bytes
             raise UserError("TOKENIZER_PATH: found no piece '▁', expected one, else spaces miscount; train it with one")
         return cls(base, space.astype(bool), text.astype(bool))
 
