@@ -476,13 +476,11 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped: (n,) uint16. `UserError` unless header, version and size agree."""
     size = path.stat().st_size if path.is_file() else 0
-    header = np.fromfile(path, dtype="<i4", count=3).tolist() if size >= HEADER_BYTES else [0, 0, 0]
-    magic, version, count = header
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist() if size >= HEADER_BYTES else (0, 0, 0)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != HEADER_BYTES + 2 * count:
-        raise UserError(
-            f"{path}: found {size} bytes, magic {magic}, version {version}, {count} tokens; expected magic"
-            f" {SHARD_MAGIC}, version {SHARD_VERSION} and {HEADER_BYTES} + 2 x tokens bytes; see data/README.md"
-        )
+        found = f"{size} bytes, magic {magic}, version {version}, {count} tokens"
+        expected = f"magic {SHARD_MAGIC}, version {SHARD_VERSION} and {HEADER_BYTES} + 2 x tokens bytes"
+        raise UserError(f"{path}: found {found}; expected {expected}; see data/README.md")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
@@ -499,25 +497,22 @@ class TokenStream:
 
     def __init__(self, shards: list[np.ndarray]) -> None:
         self.shards, self.position = shards, 0
-        self.ends = np.cumsum([len(shard) for shard in shards])
+        self.begins = np.cumsum([0, *map(len, shards)])  # and, last, where the stream begins anew
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the endless stream: (count,) int64."""
         parts = []
         while count:
-            start %= int(self.ends[-1])
-            shard = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - int(self.ends[shard]) + len(self.shards[shard])
-            parts.append(self.shards[shard][offset : offset + count])
+            start %= int(self.begins[-1])
+            shard = int(np.searchsorted(self.begins, start, side="right")) - 1
+            parts.append(self.shards[shard][start - int(self.begins[shard]) :][:count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts).astype(np.int64)
 
     def next_batch(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the next micro-step, each (B, T).
-
-        A micro-step consumes (local + 1) * world tokens and rank r takes the r-th span. The order of tokens depends on
-        world size times GRAD_ACCUM_STEPS alone, which by default stays the same for every world size that divides it.
-        """
+        """This rank's inputs and targets of the next micro-step, each (B, T)."""
+        # A micro-step consumes (local + 1) * world tokens; rank r takes the r-th span. The order of tokens depends on
+        # world size times GRAD_ACCUM_STEPS alone, which by default stays the same for every world size that divides it.
         span = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps) + 1
         tokens = rt.upload(self.read(self.position + rt.rank * span, span))
         self.position += span * rt.world
@@ -526,27 +521,20 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Documents:
-    """The validation stream on the device, and its documents in stream order.
-
-    Position p of the stream predicts token p + 1. Document d owns the `predictions[d]` positions from its BOS at
-    `starts[d]`: its last target is the next BOS.
-    """
+    """The validation stream on the device, and its documents in stream order. Position p predicts token p + 1."""
 
     tokens: Tensor  # (n,) int32
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
-    starts: np.ndarray  # (docs,) int64
-    predictions: np.ndarray  # (docs,) int64, all >= 1
+    starts: np.ndarray  # (docs,) int64, the position of each document's BOS, the first that it owns
+    predictions: np.ndarray  # (docs,) int64, how many it owns, all >= 1; the target of the last is the next BOS
     short: int = 0  # how many documents have no text
     beyond: int = 0  # targets beyond the last document, should there be a limit
 
 
 def split_documents(stream: np.ndarray, bos: int, limit: int, table: ByteTable, device: torch.device) -> Documents:
-    """Cut the validation `stream` (n,) at BOS and put it on the device; `UserError` if that leaves nothing to predict.
-
-    `limit` > 0 keeps the first so many documents and the BOS that closes the last of them.
-    """
+    """Cut the validation `stream` (n,) at BOS and put it on the device. `UserError` if there is nothing to predict."""
     total, starts = len(stream), np.flatnonzero(stream == bos)
-    if 0 < limit < len(starts):
+    if 0 < limit < len(starts):  # keep the first so many documents and the BOS that closes the last of them
         stream, starts = stream[: starts[limit] + 1], starts[:limit]
     predictions = np.append(starts[1:], len(stream) - 1) - starts if len(starts) else starts
     sizes, scored = table.count(stream[:-1], stream[1:]), predictions > 0
