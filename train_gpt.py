@@ -720,11 +720,8 @@ def frozen(model: GPT) -> GPT:
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16.
-
-    The coefficients trade exactness for speed: singular values end between about 0.7 and 1.2 (K. Jordan, Muon, 2024).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # exactness traded for speed: singular values end between about 0.7 and 1.2
     x = matrix.bfloat16()
     x = x / (x.norm() + 1e-7)
     if tall := x.size(0) > x.size(1):
@@ -738,13 +735,13 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors.
 
-    Matrix j is orthogonalised by rank j % world alone; summing the ranks' otherwise zero bf16 updates hands every rank
-    the complete set. Source: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
+    Source, of the coefficients above too: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
-        super().__init__(params, {"lr": lr, "momentum": 0.0})
-        self.steps, self.rt = steps, rt
+        super().__init__(params, {"lr": lr, "base_lr": lr, "momentum": 0.0})
+        self.steps, self.rt, self.mine = steps, rt, slice(rt.rank, None, rt.world)
+        self.buffers = [torch.zeros_like(p) for p in params[self.mine]]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -753,13 +750,11 @@ class Muon(torch.optim.Optimizer):
         sizes = [p.numel() for p in params]
         updates = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
         views = [part.view_as(p) for part, p in zip(updates.split(sizes), params, strict=True)]
-        for j in range(self.rt.rank, len(params), self.rt.world):
-            p, state = params[j], self.state[params[j]]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"].mul_(momentum).add_(p.grad)
+        # Each matrix is one rank's work: summing the ranks' otherwise zero bf16 updates hands every rank the whole set.
+        for p, buffer, view in zip(params[self.mine], self.buffers, views[self.mine], strict=True):
+            buffer.mul_(momentum).add_(p.grad)
             update = orthogonalize(p.grad + momentum * buffer, self.steps)
-            views[j].copy_(update * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+            view.copy_(update * max(1.0, p.size(0) / p.size(1)) ** 0.5)
         self.rt.sum(updates)
         for p, update in zip(params, views, strict=True):
             p.add_(update.float(), alpha=-lr)
@@ -775,30 +770,20 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.
         ([*scalars, model.skip_weights], cfg.scalar_lr),
         ([] if model.lm_head is None else [model.lm_head.weight], cfg.head_lr),
     )
-    groups = [{"params": params, "lr": lr} for params, lr in rates if params]
+    groups = [{"params": params, "lr": lr, "base_lr": lr} for params, lr in rates if params]
     adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-    optimizers = Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt), adam
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    owned = [id(p) for group in groups for p in group["params"]]
+    muon = Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt)
+    owned = [id(p) for group in muon.param_groups + adam.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter has no optimizer, or two"
-    for group in groups:
-        group["base_lr"] = group["lr"]
-    return optimizers
+    return muon, adam
 
 
 def lr_scale(step: int, elapsed_ms: float, cfg: Config) -> float:
-    """Factor on every learning rate: 1, then linearly down to 0.
-
-    Under a wallclock cap the fall fills WARMDOWN_ITERS steps at the mean pace so far; without one, the last
-    WARMDOWN_ITERS of ITERATIONS.
-    """
-    if cfg.warmdown_iters == 0:
-        return 1.0
-    if cfg.max_wallclock_seconds == 0:
-        return min(1.0, max(0.0, (cfg.iterations - step) / cfg.warmdown_iters))
-    remaining = max(0.0, 1000 * cfg.max_wallclock_seconds - elapsed_ms)
-    warmdown = cfg.warmdown_iters * elapsed_ms / max(step, 1)
-    return remaining / max(warmdown, 1e-9) if remaining <= warmdown else 1.0
+    """Factor on every learning rate: 1, then linearly down to 0 over the last WARMDOWN_ITERS of ITERATIONS."""
+    left, fall = cfg.iterations - step, cfg.warmdown_iters
+    if cfg.max_wallclock_seconds:  # in milliseconds: so many steps before the cap, at the mean pace so far
+        left, fall = 1000 * cfg.max_wallclock_seconds - elapsed_ms, fall * elapsed_ms / max(step, 1)
+    return min(1.0, max(0.0, left / fall)) if fall else 1.0
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
