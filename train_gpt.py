@@ -802,13 +802,11 @@ CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(q int8 (rows, cols), scale fp16 (rows,)) with weight ~ q * scale.
-
-    The scale never falls below 1/127. That is a rate choice, not a guard: it makes the typical row coarse enough for
-    zlib to bring the record's model to 15.8 MB, and costs about 0.0075 bpb there.
-    """
+    """(q int8 (rows, cols), scale fp16 (rows,)) with weight ~ q * scale."""
     w = weight.float()
     clip = torch.quantile(w.abs(), CLIP_QUANTILE, dim=1, keepdim=True)
+    # The floor is a rate choice, not a guard: it makes the typical row coarse enough for zlib to bring the record's
+    # model to 15.8 MB, and costs about 0.0075 bpb there.
     scale = (clip / 127).clamp_min(1 / 127)
     return (w.clamp(-clip, clip) / scale).round().clamp(-127, 127).to(torch.int8), scale[:, 0].half()
 
@@ -844,20 +842,16 @@ def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def serialize(content: Any) -> bytes:
     """torch.save to bytes."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer := io.BytesIO())
     return buffer.getvalue()
 
 
 def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
-    """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path.
-
-    They are called final_model.pt and final_model.int8.ptz; under EVAL_ONLY, which has a .pt already, only the artifact
-    is written, under a name that no training uses.
-    """
+    """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path."""
+    # EVAL_ONLY has a .pt already: then only the artifact is written, under a name that no training uses.
     name = f"eval_{Path(cfg.model_path).stem}" if cfg.eval_only else "final_model"
     path = Path(cfg.out_dir) / f"{name}.int8.ptz"
-    if rt.rank != 0:
+    if rt.rank:
         return path
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = quantize_state(state)
@@ -890,14 +884,11 @@ def report_artifact(path: Path, rt: Runtime) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save.
-
-    `UserError` when it is neither. Nothing in the file is executed (weights_only).
-    """
+    """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`."""
     try:
         blob, packed = Path(path).read_bytes(), str(path).endswith(".ptz")
         blob = zlib.decompress(blob) if packed else blob
-        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)  # executes nothing in the file
         if packed and content["__quant_format__"] != QUANT_FORMAT:
             raise ValueError(f"its format is {content['__quant_format__']!r:.40}, not {QUANT_FORMAT}")
         state = dequantize_state(content) if packed else content
