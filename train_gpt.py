@@ -1364,13 +1364,9 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
 
 
 def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model itself.
-
-    COMPILE=auto compiles on CUDA, and on CPUs for trainings of some length: on two cores it takes a minute and then
-    saves a quarter of every step (records/NOTES.md). Runs once forward and backward on zeros, so that neither the
-    compiler's time nor its failure falls into training. Evaluations never run compiled code, so that a score is the
-    same whether or not the run that prints it could compile.
-    """
+    """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model."""
+    # On two cores compiling takes a minute and then saves a quarter of every step (records/NOTES.md). Evaluations never
+    # run compiled code, so that a score is the same whether or not the run that prints it could compile.
     long = (cfg.max_wallclock_seconds or math.inf) >= 120 and cfg.iterations >= 200
     if cfg.compile == "0" or (cfg.compile == "auto" and rt.device.type == "cpu" and not long):
         return model
@@ -1379,7 +1375,7 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     forward = torch.compile(model, dynamic=False, fullgraph=True)
     rows = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len)
     x = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
-    try:
+    try:  # once, on zeros, so that neither the compiler's time nor its failure falls into training
         forward(x, x).mean().backward()
     except Exception as error:  # no C++ compiler, an unsupported operator: eager trains the same way, slower
         failure = f"{type(error).__name__}: {error}".splitlines()[0][:160]
@@ -1447,31 +1443,20 @@ class Trainer:
         """Count the time since the last tick as training time, by rank 0's clock on every rank."""
         self.elapsed_ms, self.mark = self.rt.from_rank0(self.elapsed_ms + 1000 * (now - self.mark)), now
 
-    def finished(self) -> bool:
-        """Whether ITERATIONS are done or the wallclock cap is reached; the same on every rank."""
-        cap = 1000 * self.cfg.max_wallclock_seconds
-        return self.step >= self.cfg.iterations or (cap > 0 and self.elapsed_ms >= cap)
-
     def report(self, what: str) -> None:
         """Log `what` with step and time, in the form that existing tools read, unless the training has gone wrong."""
         self.refuse_faults()
         pace = f"train_time:{self.elapsed_ms:.0f}ms step_avg:{self.elapsed_ms / max(self.step, 1):.2f}ms"
         self.rt.log(f"step:{self.step}/{self.cfg.iterations} {what} {pace}")
 
-    def show_pace(self, bar: tqdm) -> None:
-        """Move the bar to the larger used share of the two budgets, with tokens per second."""
-        seconds, cap = self.elapsed_ms / 1000, self.cfg.max_wallclock_seconds or math.inf
-        bar.set_postfix_str(f"{self.step * self.cfg.train_batch_tokens / seconds:,.0f} tokens/s", refresh=False)
-        bar.update(max(self.step / self.cfg.iterations, seconds / cap) - bar.n)
-
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
     """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS, validating on the way; validation is outside the clock."""
-    cfg, rt = trainer.cfg, trainer.rt
+    cfg, rt, cap = trainer.cfg, trainer.rt, 1000 * (trainer.cfg.max_wallclock_seconds or math.inf)
     trainer.warm_up()
     trainer.mark = rt.seconds()
     with rt.progress(1.0, "training") as bar:
-        while not trainer.finished():
+        while trainer.step < cfg.iterations and trainer.elapsed_ms < cap:  # the same on every rank
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 trainer.tick(rt.seconds())
                 trainer.refuse_faults()
@@ -1483,7 +1468,9 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
                 trainer.refuse_faults()
             if cfg.train_log_every and (trainer.step <= 10 or trainer.step % cfg.train_log_every == 0):
                 trainer.report(f"train_loss:{rt.sum(loss).item() / rt.world:.4f}")
-            trainer.show_pace(bar)
+            tokens = trainer.step * cfg.train_batch_tokens
+            bar.set_postfix_str(f"{1000 * tokens / trainer.elapsed_ms:,.0f} tokens/s", refresh=False)
+            bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap) - bar.n)  # the scarcer budget
     trainer.tick(rt.seconds())
     trainer.refuse_faults()
     if trainer.step < cfg.iterations:
