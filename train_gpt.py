@@ -1506,8 +1506,7 @@ def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
     table = ByteTable.build(tokenizer)
     docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
     rt.log(f"sha256 tokenizer:{sha256(Path(cfg.tokenizer_path).read_bytes())}")
-    for shard in shards:
-        path = Path(shard.filename)
+    for path in (Path(shard.filename) for shard in shards):
         rt.log(f"sha256 val:{sha256(path.read_bytes())} {path.name}")
     audit_bytes(docs, table, tokenizer, rt)
     return Inputs(cfg, weights, TokenStream(train), docs)
@@ -1540,8 +1539,7 @@ def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
         if name == "flat":
             rt.log(f"{how.final}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     if cfg.scores_path:
-        path = Path(cfg.out_dir, cfg.scores_path)
-        rt.together(lambda: write_scores(path, scores, rt))
+        rt.together(lambda: write_scores(Path(cfg.out_dir, cfg.scores_path), scores, rt))
 
 
 def run(cfg: Config, rt: Runtime) -> None:
