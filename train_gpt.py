@@ -373,11 +373,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
     rows, (length, dim), share = q.size(0) * k.size(1), q.shape[2:], q.size(1) // k.size(1)
     k, v, out = k.reshape(rows, length, dim), v.reshape(rows, length, dim), []
     for part in (q * dim**-0.5).view(rows, share, length, dim).split(block, dim=2):
-        begin, size = sum(o.size(2) for o in out), part.size(2)
-        future = torch.full((size, begin + size), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
-        keys, values = k[:, : begin + size], v[:, : begin + size]
-        scores = torch.baddbmm(future.repeat(share, 1), part.reshape(rows, -1, dim), keys.mT)
-        out.append((scores.softmax(-1) @ values).view(rows, share, size, dim))
+        begin = sum(o.size(2) for o in out)
+        end = begin + part.size(2)
+        future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
+        scores = torch.baddbmm(future.repeat(share, 1), part.reshape(rows, -1, dim), k[:, :end].mT)
+        out.append((scores.softmax(-1) @ v[:, :end]).view(part.shape))
     return torch.cat(out, dim=2).view(q.shape)
 
 
