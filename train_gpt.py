@@ -1297,12 +1297,8 @@ def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runti
 
 
 def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProcessor, rt: Runtime) -> None:
-    """Compare the bytes counted in up to 256 documents, evenly spread, with the text that the tokenizer decodes.
-
-    `UserError` where they differ, naming the first piece counted wrong; nothing is taken from the table. A space
-    that opens a document or follows a control piece is no text. Byte pieces, which need not be UTF-8, count apart.
-    """
-    ids = range(tokenizer.vocab_size())
+    """Hold the bytes of up to 256 documents, evenly spread, against their decoded text; `UserError` names the piece."""
+    ids = range(tokenizer.vocab_size())  # what is expected comes from the tokenizer, nothing from the table
     silent = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
     text, byte = ~np.array(silent), np.array([tokenizer.is_byte(i) for i in ids])
     anchor = next(i for i in np.flatnonzero(text & ~byte).tolist() if tokenizer.decode([i]).strip())
@@ -1315,6 +1311,7 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProce
     picks, counted, spelled = np.unique(np.linspace(0, len(docs.starts) - 1, 256).astype(np.int64)), 0, 0
     for begin, end in zip(docs.starts[picks], docs.starts[picks] + docs.predictions[picks], strict=True):
         pieces = docs.tokens[begin : end + 1].cpu().numpy()  # the first is the document's BOS: no target, no text
+        # A space that opens a document or follows a control piece is no text. Bytes, not always UTF-8, count apart.
         plain, dropped = pieces[text[pieces] & ~byte[pieces]], opening[pieces[1:]] & ~text[pieces[:-1]]
         spelled += len(spell_out(plain.tolist()).encode()) + int(byte[pieces].sum()) - int(dropped.sum())
         counted += int(docs.bytes[begin:end].sum())
