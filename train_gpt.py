@@ -1422,7 +1422,7 @@ class Trainer:
     def refuse_faults(self) -> None:
         """`AgreedError` if a gradient or a weight has not been finite; a loss that is not makes such gradients."""
         if (fault := int(self.fault)) < int(self.no_fault):
-            what = [f"the gradient of {name}" for name in self.params] + [f"the weight {name}" for name in self.params]
+            what = [f"{kind} {name}" for kind in ("the gradient of", "the weight") for name in self.params]
             step, place = divmod(fault, len(what))
             lost = f"the last good state is that after step {step}; nothing was exported"
             raise AgreedError(f"step {step + 1}: {what[place]} is not finite; {lost}; lower the learning rates")
