@@ -1518,8 +1518,7 @@ def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
         if how.lesson or name == cfg.eval[-1]:
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
-            spent = 1000 * (rt.seconds() - began)
-            rt.log(f"audit causality: condition:{name} {compared} time:{spent:.0f}ms PASS")
+            rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
         began = rt.seconds()
         score = scores[name] = evaluate(model, docs, how, cfg, rt)
         spent, (_, tokens, size) = 1000 * (rt.seconds() - began), score.totals
@@ -1551,10 +1550,9 @@ def run(cfg: Config, rt: Runtime) -> None:
     names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
     shape = " ".join(f"{name}:{getattr(cfg, name)}" for name in names)
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")
-    artifact = Path(cfg.model_path)
+    artifact, flat = Path(cfg.model_path), ladder(docs, cfg, rt)["flat"]
     if not cfg.eval_only:
         trainer = Trainer(model, compile_forward(model, cfg, rt), inputs.stream, cfg, rt)
-        flat = ladder(docs, cfg, rt)["flat"]
         train(trainer, lambda: evaluate(model, docs, flat, cfg, rt))
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
         artifact = rt.together(lambda: export(model, cfg, rt))
