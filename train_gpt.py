@@ -162,27 +162,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
-    kind, least, choices = type(spec.default), spec.metadata["least"], spec.metadata["choices"]
-    single = type(spec.default[0]) if kind is tuple else kind
-    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "one of"}[single]
-    if kind is tuple:
-        expected = "some of" if choices else ",".join([expected] * len(spec.default))
+    several, least, choices = isinstance(spec.default, tuple), spec.metadata["least"], spec.metadata["choices"]
+    defaults, texts = (spec.default, text.split(",")) if several else ((spec.default,), [text])
+    kind, count = type(defaults[0]), len(defaults)
+    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "one of"}[kind]
+    if several:
+        expected = "some of" if choices else ",".join([expected] * count)
     expected += " " + ", ".join(choices) if choices else ""
     expected += f" of at least {least:g}" if least is not None else ""
-    try:
-        texts = text.split(",") if kind is tuple else [text]
-        parts = tuple({"0": False, "1": True}[t] if single is bool else single(t) for t in texts)
-        value, lowest = parts if kind is tuple else parts[0], -(2**62) if least is None else least
+    with contextlib.suppress(ValueError, KeyError):
+        parts = tuple({"0": False, "1": True}[t] if kind is bool else kind(t) for t in texts)
+        lowest = -(2**62) if least is None else least
         if choices:
-            fits = set(parts) <= set(choices) and len(set(parts)) == len(parts)
+            fits = len(set(parts) & set(choices)) == len(parts)  # all known, none twice
         else:
-            numbers = kind is str or all(lowest <= part < 2**62 for part in parts)
-            fits = numbers and (kind is not tuple or len(parts) == len(spec.default))
-    except (ValueError, KeyError):
-        fits = False
-    if not fits:
-        raise AgreedError(f"{name}={text!r}: expected {expected}; set it so or unset it")
-    return value
+            fits = len(parts) == count and (kind is str or all(lowest <= part < 2**62 for part in parts))
+        if fits:
+            return parts if several else parts[0]
+    raise AgreedError(f"{name}={text!r}: expected {expected}; set it so or unset it")
 
 
 def spell(value: Any) -> str:
@@ -193,19 +190,16 @@ def spell(value: Any) -> str:
 
 
 def read_config(env: Mapping[str, str]) -> Config:
-    """Settings from the environment: explicit variables win over the preset, the preset over the defaults.
-
-    Raises `AgreedError` for a value that does not parse and for settings that cannot work together.
-    """
+    """Settings from the environment, else the preset's, else the defaults. `AgreedError` for what cannot be or work."""
     given = {f.name: _parse(f.name.upper(), env[f.name.upper()], f) for f in fields(Config) if f.name.upper() in env}
     device, preset = given.get("device", "auto"), given.get("preset", "auto")
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     preset = preset if preset != "auto" else "baseline" if device == "cuda" else "cpu"
     cfg = replace(Config(), **PRESETS[preset] | given | {"device": device, "preset": preset})
     world = _parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), _opt(1, "ranks", 1))
-    if not given.get("grad_accum_steps"):
-        alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
-        cfg = replace(cfg, grad_accum_steps=alone // world if alone % world == 0 else 1)
+    alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
+    shared = alone // world if alone % world == 0 else 1
+    cfg = replace(cfg, grad_accum_steps=given.get("grad_accum_steps") or shared)
     check_config(cfg, world)
     return cfg
 
@@ -214,7 +208,7 @@ def check_config(cfg: Config, world: int) -> None:
     """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(unit, round(cfg.train_batch_tokens / unit) * unit)
-    rules = (
+    for holds, line in (
         (re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}|", cfg.run_id),
          f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it"),
         (not cfg.scores_path or (cfg.scores_path.endswith(".csv") and not Path(cfg.out_dir, cfg.scores_path).is_dir()),
@@ -235,8 +229,7 @@ def check_config(cfg: Config, world: int) -> None:
         (cfg.eval_only or cfg.train_batch_tokens % unit == 0,
          f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
          f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is {nearest}"),
-    )  # fmt: skip
-    for holds, line in rules:
+    ):  # fmt: skip
         if not holds:
             raise AgreedError(line)
 
@@ -273,8 +266,10 @@ class Runtime:
             torch.backends.cuda.enable_cudnn_sdp(False)
             torch.backends.cuda.enable_mem_efficient_sdp(False)
             torch.backends.cuda.enable_math_sdp(rt.dtype == torch.float32)
-        else:
-            keep_freed_memory()
+        elif mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+            # glibc keeps what is freed: asking the kernel for every tensor anew costs up to a third of a step.
+            mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
         if world:
             # gloo carries what lives on the CPU (clock, error lines), so that agreeing on them never waits for a GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
@@ -284,7 +279,7 @@ class Runtime:
     def open_log(self, cfg: Config, env: Mapping[str, str]) -> None:
         """Start the log file with what identifies the run, this script first. `OSError` where it cannot be written."""
         self.suffix = " partial" if cfg.max_val_docs else ""
-        if self.rank != 0:
+        if self.rank:
             return
         self.log_path = Path(cfg.out_dir) / "logs" / f"{cfg.run_id or uuid.uuid4()}.txt"
         for path in (self.log_path, Path(cfg.out_dir, cfg.scores_path)):
@@ -369,31 +364,20 @@ class Runtime:
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep what it frees: asking the kernel for every tensor anew costs up to a third of a step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
-    """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q.
-
-    CUDA has a flash kernel. The one for CPUs loses to plain bf16 matrix products, half of which a causal mask saves
-    when queries are taken in blocks that see the keys up to their own end (records/NOTES.md).
-    """
+    """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # The flash kernel for CPUs loses to plain bf16 matrix products, half of which a causal mask saves when queries are
+    # taken in blocks that see the keys up to their own end (records/NOTES.md).
     rows, (length, dim), share = q.size(0) * k.size(1), q.shape[2:], q.size(1) // k.size(1)
-    k, v = k.reshape(rows, length, dim), v.reshape(rows, length, dim)
-    out = []
+    k, v, out = k.reshape(rows, length, dim), v.reshape(rows, length, dim), []
     for part in (q * dim**-0.5).reshape(rows, share, length, dim).split(block, dim=2):
-        begin, size = sum(o.size(2) for o in out), part.size(2)
-        future = torch.full((size, begin + size), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
-        keys, values = k[:, : begin + size], v[:, : begin + size]
-        scores = torch.baddbmm(future.repeat(share, 1), part.reshape(rows, -1, dim), keys.mT)
-        out.append((scores.softmax(-1) @ values).view(rows, share, size, dim))
+        begin = sum(o.size(2) for o in out)
+        end = begin + part.size(2)
+        future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
+        scores = torch.baddbmm(future.repeat(share, 1), part.reshape(rows, -1, dim), k[:, :end].mT)
+        out.append((scores.softmax(-1) @ v[:, :end]).view(part.shape))
     return torch.cat(out, dim=2).view(q.shape)
 
 
@@ -448,36 +432,26 @@ def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
     """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
     try:
         tokenizer = SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        if tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0:
+            return tokenizer
         found = f"{tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
-        fits = tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0
     except (OSError, RuntimeError) as error:
-        found, fits = f"no usable file ({type(error).__name__})", False
-    if not fits:
-        raise UserError(
-            f"TOKENIZER_PATH={path}: found {found}; expected the SentencePiece .model that made the shards, with BOS"
-            f" and the model's {vocab_size} pieces; correct the path or VOCAB_SIZE"
-        )
-    return tokenizer
+        found = f"no usable file ({type(error).__name__})"
+    expected = f"the SentencePiece .model that made the shards, with BOS and the model's {vocab_size} pieces"
+    raise UserError(f"TOKENIZER_PATH={path}: found {found}; expected {expected}; correct the path or VOCAB_SIZE")
 
 
 @dataclass(frozen=True)
 class ByteTable:
-    """UTF-8 bytes that a target token stands for.
+    """UTF-8 bytes that a target token stands for: those of its piece's text, in which every `▁` is a space."""
 
-    Control, unknown and unused pieces stand for 0 bytes, byte-fallback pieces for 1, any other for the UTF-8 length of
-    its text, in which every `▁` is a space; a leading one counts only after a token that itself stands for text.
-    """
-
-    base: np.ndarray  # (V,) int64, bytes without the leading space
-    leading_space: np.ndarray  # (V,) bool
-    is_text: np.ndarray  # (V,) bool, false for the 0-byte pieces
+    base: np.ndarray  # (V,) int64, bytes without a leading space; byte-fallback pieces: 1
+    leading_space: np.ndarray  # (V,) bool; it counts only after a token that itself stands for text
+    is_text: np.ndarray  # (V,) bool, false for control, unknown and unused pieces, which stand for 0 bytes
 
     @classmethod
     def build(cls, tokenizer: SentencePieceProcessor) -> ByteTable:
-        """The table of a tokenizer. `UserError` if it has no piece for a space on its own.
-
-        Byte fallback spells a `▁` that has no piece as three bytes, so that every such space would count three times.
-        """
+        """The table of a tokenizer. `UserError` if it has no piece for a space on its own."""
         rows = []
         for i in range(tokenizer.vocab_size()):
             piece, byte = tokenizer.id_to_piece(i), tokenizer.is_byte(i)
@@ -485,7 +459,7 @@ class ByteTable:
             size = 1 if byte else len(piece.removeprefix("▁").replace("▁", " ").encode())
             rows.append((size if text else 0, text and not byte and piece.startswith("▁"), text))
         base, space, text = np.array(rows, dtype=np.int64).T
-        if not text[tokenizer.piece_to_id("▁")]:
+        if not text[tokenizer.piece_to_id("▁")]:  # byte fallback would spell, and count, such a space as three bytes
             raise UserError("TOKENIZER_PATH: found no piece '▁', expected one, else spaces miscount; train it with one")
         return cls(base, space.astype(bool), text.astype(bool))
 
@@ -502,13 +476,11 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped: (n,) uint16. `UserError` unless header, version and size agree."""
     size = path.stat().st_size if path.is_file() else 0
-    header = np.fromfile(path, dtype="<i4", count=3).tolist() if size >= HEADER_BYTES else [0, 0, 0]
-    magic, version, count = header
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist() if size >= HEADER_BYTES else (0, 0, 0)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != HEADER_BYTES + 2 * count:
-        raise UserError(
-            f"{path}: found {size} bytes, magic {magic}, version {version}, {count} tokens; expected magic"
-            f" {SHARD_MAGIC}, version {SHARD_VERSION} and {HEADER_BYTES} + 2 x tokens bytes; see data/README.md"
-        )
+        found = f"{size} bytes, magic {magic}, version {version}, {count} tokens"
+        expected = f"magic {SHARD_MAGIC}, version {SHARD_VERSION} and {HEADER_BYTES} + 2 x tokens bytes"
+        raise UserError(f"{path}: found {found}; expected {expected}; see data/README.md")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
@@ -525,25 +497,22 @@ class TokenStream:
 
     def __init__(self, shards: list[np.ndarray]) -> None:
         self.shards, self.position = shards, 0
-        self.ends = np.cumsum([len(shard) for shard in shards])
+        self.begins = np.cumsum([0, *map(len, shards)])  # and, last, where the stream begins anew
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the endless stream: (count,) int64."""
         parts = []
         while count:
-            start %= int(self.ends[-1])
-            shard = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - int(self.ends[shard]) + len(self.shards[shard])
-            parts.append(self.shards[shard][offset : offset + count])
+            start %= int(self.begins[-1])
+            shard = int(np.searchsorted(self.begins, start, side="right")) - 1
+            parts.append(self.shards[shard][start - int(self.begins[shard]) :][:count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts).astype(np.int64)
 
     def next_batch(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the next micro-step, each (B, T).
-
-        A micro-step consumes (local + 1) * world tokens and rank r takes the r-th span. The order of tokens depends on
-        world size times GRAD_ACCUM_STEPS alone, which by default stays the same for every world size that divides it.
-        """
+        """This rank's inputs and targets of the next micro-step, each (B, T)."""
+        # A micro-step consumes (local + 1) * world tokens; rank r takes the r-th span. The order of tokens depends on
+        # world size times GRAD_ACCUM_STEPS alone, which by default stays the same for every world size that divides it.
         span = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps) + 1
         tokens = rt.upload(self.read(self.position + rt.rank * span, span))
         self.position += span * rt.world
@@ -552,27 +521,20 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Documents:
-    """The validation stream on the device, and its documents in stream order.
-
-    Position p of the stream predicts token p + 1. Document d owns the `predictions[d]` positions from its BOS at
-    `starts[d]`: its last target is the next BOS.
-    """
+    """The validation stream on the device, and its documents in stream order. Position p predicts token p + 1."""
 
     tokens: Tensor  # (n,) int32
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
-    starts: np.ndarray  # (docs,) int64
-    predictions: np.ndarray  # (docs,) int64, all >= 1
+    starts: np.ndarray  # (docs,) int64, the position of each document's BOS, the first that it owns
+    predictions: np.ndarray  # (docs,) int64, how many it owns, all >= 1; the target of the last is the next BOS
     short: int = 0  # how many documents have no text
     beyond: int = 0  # targets beyond the last document, should there be a limit
 
 
 def split_documents(stream: np.ndarray, bos: int, limit: int, table: ByteTable, device: torch.device) -> Documents:
-    """Cut the validation `stream` (n,) at BOS and put it on the device; `UserError` if that leaves nothing to predict.
-
-    `limit` > 0 keeps the first so many documents and the BOS that closes the last of them.
-    """
+    """Cut the validation `stream` (n,) at BOS and put it on the device. `UserError` if there is nothing to predict."""
     total, starts = len(stream), np.flatnonzero(stream == bos)
-    if 0 < limit < len(starts):
+    if 0 < limit < len(starts):  # keep the first so many documents and the BOS that closes the last of them
         stream, starts = stream[: starts[limit] + 1], starts[:limit]
     predictions = np.append(starts[1:], len(stream) - 1) - starts if len(starts) else starts
     sizes, scored = table.count(stream[:-1], stream[1:]), predictions > 0
@@ -753,11 +715,8 @@ def frozen(model: GPT) -> GPT:
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16.
-
-    The coefficients trade exactness for speed: singular values end between about 0.7 and 1.2 (K. Jordan, Muon, 2024).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # exactness traded for speed: singular values end between about 0.7 and 1.2
     x = matrix.bfloat16()
     x = x / (x.norm() + 1e-7)
     if tall := x.size(0) > x.size(1):
@@ -771,13 +730,13 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors.
 
-    Matrix j is orthogonalised by rank j % world alone; summing the ranks' otherwise zero bf16 updates hands every rank
-    the complete set. Source: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
+    Source, of the coefficients above too: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
-        super().__init__(params, {"lr": lr, "momentum": 0.0})
-        self.steps, self.rt = steps, rt
+        super().__init__(params, {"lr": lr, "base_lr": lr, "momentum": 0.0})
+        self.steps, self.rt, self.mine = steps, rt, slice(rt.rank, None, rt.world)
+        self.buffers = [torch.zeros_like(p) for p in params[self.mine]]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -786,13 +745,11 @@ class Muon(torch.optim.Optimizer):
         sizes = [p.numel() for p in params]
         updates = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
         views = [part.view_as(p) for part, p in zip(updates.split(sizes), params, strict=True)]
-        for j in range(self.rt.rank, len(params), self.rt.world):
-            p, state = params[j], self.state[params[j]]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"].mul_(momentum).add_(p.grad)
+        # Each matrix is one rank's work: summing the ranks' otherwise zero bf16 updates hands every rank the whole set.
+        for p, buffer, view in zip(params[self.mine], self.buffers, views[self.mine], strict=True):
+            buffer.mul_(momentum).add_(p.grad)
             update = orthogonalize(p.grad + momentum * buffer, self.steps)
-            views[j].copy_(update * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+            view.copy_(update * max(1.0, p.size(0) / p.size(1)) ** 0.5)
         self.rt.sum(updates)
         for p, update in zip(params, views, strict=True):
             p.add_(update.float(), alpha=-lr)
@@ -808,30 +765,20 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.
         ([*scalars, model.skip_weights], cfg.scalar_lr),
         ([] if model.lm_head is None else [model.lm_head.weight], cfg.head_lr),
     )
-    groups = [{"params": params, "lr": lr} for params, lr in rates if params]
+    groups = [{"params": params, "lr": lr, "base_lr": lr} for params, lr in rates if params]
     adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-    optimizers = Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt), adam
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    owned = [id(p) for group in groups for p in group["params"]]
+    muon = Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt)
+    owned = [id(p) for group in muon.param_groups + adam.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter has no optimizer, or two"
-    for group in groups:
-        group["base_lr"] = group["lr"]
-    return optimizers
+    return muon, adam
 
 
 def lr_scale(step: int, elapsed_ms: float, cfg: Config) -> float:
-    """Factor on every learning rate: 1, then linearly down to 0.
-
-    Under a wallclock cap the fall fills WARMDOWN_ITERS steps at the mean pace so far; without one, the last
-    WARMDOWN_ITERS of ITERATIONS.
-    """
-    if cfg.warmdown_iters == 0:
-        return 1.0
-    if cfg.max_wallclock_seconds == 0:
-        return min(1.0, max(0.0, (cfg.iterations - step) / cfg.warmdown_iters))
-    remaining = max(0.0, 1000 * cfg.max_wallclock_seconds - elapsed_ms)
-    warmdown = cfg.warmdown_iters * elapsed_ms / max(step, 1)
-    return remaining / max(warmdown, 1e-9) if remaining <= warmdown else 1.0
+    """Factor on every learning rate: 1, then linearly down to 0 over the last WARMDOWN_ITERS of ITERATIONS."""
+    left, fall = cfg.iterations - step, cfg.warmdown_iters
+    if cfg.max_wallclock_seconds:  # in milliseconds: so many steps before the cap, at the mean pace so far
+        left, fall = 1000 * cfg.max_wallclock_seconds - elapsed_ms, fall * elapsed_ms / max(step, 1)
+    return min(1.0, max(0.0, left / fall)) if fall else 1.0
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
@@ -850,13 +797,11 @@ CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(q int8 (rows, cols), scale fp16 (rows,)) with weight ~ q * scale.
-
-    The scale never falls below 1/127. That is a rate choice, not a guard: it makes the typical row coarse enough for
-    zlib to bring the record's model to 15.8 MB, and costs about 0.0075 bpb there.
-    """
+    """(q int8 (rows, cols), scale fp16 (rows,)) with weight ~ q * scale."""
     w = weight.float()
     clip = torch.quantile(w.abs(), CLIP_QUANTILE, dim=1, keepdim=True)
+    # The floor is a rate choice, not a guard: it makes the typical row coarse enough for zlib to bring the record's
+    # model to 15.8 MB, and costs about 0.0075 bpb there.
     scale = (clip / 127).clamp_min(1 / 127)
     return (w.clamp(-clip, clip) / scale).round().clamp(-127, 127).to(torch.int8), scale[:, 0].half()
 
@@ -892,20 +837,16 @@ def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def serialize(content: Any) -> bytes:
     """torch.save to bytes."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer := io.BytesIO())
     return buffer.getvalue()
 
 
 def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
-    """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path.
-
-    They are called final_model.pt and final_model.int8.ptz; under EVAL_ONLY, which has a .pt already, only the artifact
-    is written, under a name that no training uses.
-    """
+    """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path."""
+    # EVAL_ONLY has a .pt already: then only the artifact is written, under a name that no training uses.
     name = f"eval_{Path(cfg.model_path).stem}" if cfg.eval_only else "final_model"
     path = Path(cfg.out_dir) / f"{name}.int8.ptz"
-    if rt.rank != 0:
+    if rt.rank:
         return path
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = quantize_state(state)
@@ -938,14 +879,11 @@ def report_artifact(path: Path, rt: Runtime) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save.
-
-    `UserError` when it is neither. Nothing in the file is executed (weights_only).
-    """
+    """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`."""
     try:
         blob, packed = Path(path).read_bytes(), str(path).endswith(".ptz")
         blob = zlib.decompress(blob) if packed else blob
-        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)  # executes nothing in the file
         if packed and content["__quant_format__"] != QUANT_FORMAT:
             raise ValueError(f"its format is {content['__quant_format__']!r:.40}, not {QUANT_FORMAT}")
         state = dequantize_state(content) if packed else content
@@ -1357,12 +1295,8 @@ def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runti
 
 
 def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProcessor, rt: Runtime) -> None:
-    """Compare the bytes counted in up to 256 documents, evenly spread, with the text that the tokenizer decodes.
-
-    `UserError` where they differ, naming the first piece counted wrong; nothing is taken from the table. A space
-    that opens a document or follows a control piece is no text. Byte pieces, which need not be UTF-8, count apart.
-    """
-    ids = range(tokenizer.vocab_size())
+    """Hold the bytes of up to 256 documents, evenly spread, against their decoded text; `UserError` names the piece."""
+    ids = range(tokenizer.vocab_size())  # what is expected comes from the tokenizer, nothing from the table
     silent = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
     text, byte = ~np.array(silent), np.array([tokenizer.is_byte(i) for i in ids])
     anchor = next(i for i in np.flatnonzero(text & ~byte).tolist() if tokenizer.decode([i]).strip())
@@ -1375,6 +1309,7 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProce
     picks, counted, spelled = np.unique(np.linspace(0, len(docs.starts) - 1, 256).astype(np.int64)), 0, 0
     for begin, end in zip(docs.starts[picks], docs.starts[picks] + docs.predictions[picks], strict=True):
         pieces = docs.tokens[begin : end + 1].cpu().numpy()  # the first is the document's BOS: no target, no text
+        # A space that opens a document or follows a control piece is no text. Bytes, not always UTF-8, count apart.
         plain, dropped = pieces[text[pieces] & ~byte[pieces]], opening[pieces[1:]] & ~text[pieces[:-1]]
         spelled += len(spell_out(plain.tolist()).encode()) + int(byte[pieces].sum()) - int(dropped.sum())
         counted += int(docs.bytes[begin:end].sum())
@@ -1424,13 +1359,9 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
 
 
 def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model itself.
-
-    COMPILE=auto compiles on CUDA, and on CPUs for trainings of some length: on two cores it takes a minute and then
-    saves a quarter of every step (records/NOTES.md). Runs once forward and backward on zeros, so that neither the
-    compiler's time nor its failure falls into training. Evaluations never run compiled code, so that a score is the
-    same whether or not the run that prints it could compile.
-    """
+    """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model."""
+    # On two cores compiling takes a minute and then saves a quarter of every step (records/NOTES.md). Evaluations never
+    # run compiled code, so that a score is the same whether or not the run that prints it could compile.
     long = (cfg.max_wallclock_seconds or math.inf) >= 120 and cfg.iterations >= 200
     if cfg.compile == "0" or (cfg.compile == "auto" and rt.device.type == "cpu" and not long):
         return model
@@ -1439,7 +1370,7 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     forward = torch.compile(model, dynamic=False, fullgraph=True)
     rows = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len)
     x = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
-    try:
+    try:  # once, on zeros, so that neither the compiler's time nor its failure falls into training
         forward(x, x).mean().backward()
     except Exception as error:  # no C++ compiler, an unsupported operator: eager trains the same way, slower
         failure = f"{type(error).__name__}: {error}".splitlines()[0][:160]
@@ -1489,7 +1420,7 @@ class Trainer:
     def refuse_faults(self) -> None:
         """`AgreedError` if a gradient or a weight has not been finite; a loss that is not makes such gradients."""
         if (fault := int(self.fault)) < int(self.no_fault):
-            what = [f"the gradient of {name}" for name in self.params] + [f"the weight {name}" for name in self.params]
+            what = [f"{kind} {name}" for kind in ("the gradient of", "the weight") for name in self.params]
             step, place = divmod(fault, len(what))
             lost = f"the last good state is that after step {step}; nothing was exported"
             raise AgreedError(f"step {step + 1}: {what[place]} is not finite; {lost}; lower the learning rates")
@@ -1507,31 +1438,20 @@ class Trainer:
         """Count the time since the last tick as training time, by rank 0's clock on every rank."""
         self.elapsed_ms, self.mark = self.rt.from_rank0(self.elapsed_ms + 1000 * (now - self.mark)), now
 
-    def finished(self) -> bool:
-        """Whether ITERATIONS are done or the wallclock cap is reached; the same on every rank."""
-        cap = 1000 * self.cfg.max_wallclock_seconds
-        return self.step >= self.cfg.iterations or (cap > 0 and self.elapsed_ms >= cap)
-
     def report(self, what: str) -> None:
         """Log `what` with step and time, in the form that existing tools read, unless the training has gone wrong."""
         self.refuse_faults()
         pace = f"train_time:{self.elapsed_ms:.0f}ms step_avg:{self.elapsed_ms / max(self.step, 1):.2f}ms"
         self.rt.log(f"step:{self.step}/{self.cfg.iterations} {what} {pace}")
 
-    def show_pace(self, bar: tqdm) -> None:
-        """Move the bar to the larger used share of the two budgets, with tokens per second."""
-        seconds, cap = self.elapsed_ms / 1000, self.cfg.max_wallclock_seconds or math.inf
-        bar.set_postfix_str(f"{self.step * self.cfg.train_batch_tokens / seconds:,.0f} tokens/s", refresh=False)
-        bar.update(max(self.step / self.cfg.iterations, seconds / cap) - bar.n)
-
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
     """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS, validating on the way; validation is outside the clock."""
-    cfg, rt = trainer.cfg, trainer.rt
+    cfg, rt, cap = trainer.cfg, trainer.rt, 1000 * (trainer.cfg.max_wallclock_seconds or math.inf)
     trainer.warm_up()
     trainer.mark = rt.seconds()
     with rt.progress(1.0, "training") as bar:
-        while not trainer.finished():
+        while trainer.step < cfg.iterations and trainer.elapsed_ms < cap:  # the same on every rank
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 trainer.tick(rt.seconds())
                 trainer.refuse_faults()
@@ -1543,7 +1463,9 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
                 trainer.refuse_faults()
             if cfg.train_log_every and (trainer.step <= 10 or trainer.step % cfg.train_log_every == 0):
                 trainer.report(f"train_loss:{rt.sum(loss).item() / rt.world:.4f}")
-            trainer.show_pace(bar)
+            tokens = trainer.step * cfg.train_batch_tokens
+            bar.set_postfix_str(f"{1000 * tokens / trainer.elapsed_ms:,.0f} tokens/s", refresh=False)
+            bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap) - bar.n)  # the scarcer budget
     trainer.tick(rt.seconds())
     trainer.refuse_faults()
     if trainer.step < cfg.iterations:
@@ -1579,8 +1501,7 @@ def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
     table = ByteTable.build(tokenizer)
     docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
     rt.log(f"sha256 tokenizer:{sha256(Path(cfg.tokenizer_path).read_bytes())}")
-    for shard in shards:
-        path = Path(shard.filename)
+    for path in (Path(shard.filename) for shard in shards):
         rt.log(f"sha256 val:{sha256(path.read_bytes())} {path.name}")
     audit_bytes(docs, table, tokenizer, rt)
     return Inputs(cfg, weights, TokenStream(train), docs)
@@ -1595,8 +1516,7 @@ def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
         if how.lesson or name == cfg.eval[-1]:
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
-            spent = 1000 * (rt.seconds() - began)
-            rt.log(f"audit causality: condition:{name} {compared} time:{spent:.0f}ms PASS")
+            rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
         began = rt.seconds()
         score = scores[name] = evaluate(model, docs, how, cfg, rt)
         spent, (_, tokens, size) = 1000 * (rt.seconds() - began), score.totals
@@ -1613,8 +1533,7 @@ def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
         if name == "flat":
             rt.log(f"{how.final}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     if cfg.scores_path:
-        path = Path(cfg.out_dir, cfg.scores_path)
-        rt.together(lambda: write_scores(path, scores, rt))
+        rt.together(lambda: write_scores(Path(cfg.out_dir, cfg.scores_path), scores, rt))
 
 
 def run(cfg: Config, rt: Runtime) -> None:
@@ -1629,10 +1548,9 @@ def run(cfg: Config, rt: Runtime) -> None:
     names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
     shape = " ".join(f"{name}:{getattr(cfg, name)}" for name in names)
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")
-    artifact = Path(cfg.model_path)
+    artifact, flat = Path(cfg.model_path), ladder(docs, cfg, rt)["flat"]
     if not cfg.eval_only:
         trainer = Trainer(model, compile_forward(model, cfg, rt), inputs.stream, cfg, rt)
-        flat = ladder(docs, cfg, rt)["flat"]
         train(trainer, lambda: evaluate(model, docs, flat, cfg, rt))
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
         artifact = rt.together(lambda: export(model, cfg, rt))
