@@ -143,7 +143,7 @@ class Config:
     ttt_eval_seq_len: int = _opt(1024, "tokens of context at most", 1)
     ttt_batch_size: int = _opt(64, "documents side by side", 1)
     ttt_stream_chunk: int = _opt(32, "stream: predictions scored, then learned from, at once", 1)
-    ttt_stream_lr: float = _opt(0.007, "stream: Adam rate at the start of a document", 0)
+    ttt_stream_lr: float = _opt(0.003, "stream: Adam rate at the start of a document", 0)
     ttt_stream_betas: tuple[float, ...] = _opt((0.0, 0.99), "stream: Adam", 0)
     ttt_stream_rank: int = _opt(32, "stream: adapter rank", 1)
     ttt_stream_targets: tuple[str, ...] = _opt(TARGETS[3:], "stream: projections with adapters", choices=TARGETS)
@@ -925,10 +925,10 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> N
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a document's adapters are and how they learn: `rank` R on the projections whose names end in `targets`.
+    """A document's adapters: R = `rank`, on projections whose names end in `targets`, learning by Adam.
 
-    They start at A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, and follow Adam, whose rate falls with the
-    tokens t learned from as (1 + t/1000)^-decay.
+    They start at A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0. The rate falls with the number t of tokens learned
+    from as (1 + t/1000)^-decay: what a document is like is learned early, and a constant rate drowns it in noise.
     """
 
     targets: tuple[str, ...]
@@ -949,15 +949,14 @@ class DocumentAdapters:
 
     def __init__(self, model: GPT, how: Condition, seats: int, seed: int, rt: Runtime) -> None:
         found = {layer.name: layer.weight for layer in model.modules() if isinstance(layer, Linear)}
-        found["lm_head"] = model.head  # which may be the embedding
-        layers = {name: weight for name, weight in found.items() if name.endswith(how.lesson.targets)}
+        found["lm_head"], lesson = model.head, how.lesson  # the head may be the embedding
+        layers = {name: weight for name, weight in found.items() if name.endswith(lesson.targets)}
         generator = torch.Generator(device="cpu").manual_seed(seed)
         self.names, self.how, self.dtype, self.shapes, start = list(layers), how, model.dtype, [], []
-        rank = how.lesson.rank
         for out_dim, in_dim in (weight.shape for weight in layers.values()):
-            self.shapes += [(rank, in_dim), (out_dim, rank)]
-            a = torch.rand(rank * in_dim, generator=generator, device="cpu") * 2 - 1
-            start += [a * (how.lesson.spread / math.sqrt(in_dim)), torch.zeros(out_dim * rank, device="cpu")]
+            self.shapes += [(lesson.rank, in_dim), (out_dim, lesson.rank)]
+            a = torch.rand(lesson.rank * in_dim, generator=generator, device="cpu") * 2 - 1
+            start += [a * (lesson.spread / math.sqrt(in_dim)), torch.zeros(out_dim * lesson.rank, device="cpu")]
         self.start = torch.cat(start).to(rt.device)
         self.flat = self.start.repeat(seats, 1)
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
@@ -1032,7 +1031,7 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
     chunk, window, batch = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, cfg.ttt_batch_size
     recipe = Lesson(("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr)
-    best = Lesson(cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, cfg.ttt_stream_betas, 4.0, 0.3)
+    best = Lesson(cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, cfg.ttt_stream_betas, 4.0, 0.2)
     fast, large = replace(best, lr=2 * best.lr), 4 * cfg.ttt_stream_chunk  # fewer steps, each of them longer
     return {
         "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),

@@ -2,9 +2,11 @@
 
     python benchmarks/ttt_eval.py --artifact out/demo/final_model.int8.ptz --data data/demo
     python benchmarks/ttt_eval.py --artifact out/demo/final_model.int8.ptz --data data/demo --scaling
+    python benchmarks/ttt_eval.py --artifact out/demo/final_model.int8.ptz --data data/demo --frontier frontier.png
 
 The first prints a table of the variants, run in turns in one process, with the median of their seconds; the second how
-the time of a stream grows with the number of documents and with the longest of them. `naive` is written here, from the
+the time of a stream grows with the number of documents and with the longest of them; the third what changed settings of
+the stream gain and take. `naive` is written here, from the
 description of the recipe: documents in ascending order, 64 at a time, all of them run until the last has ended, losses
 of whole windows, Python loops over documents for the bookkeeping. It uses the model of train_gpt.py as it is.
 """
@@ -59,17 +61,19 @@ class Bench:
         """The score under one variant; `computed` counts its positions."""
         if name != "naive":
             return tg.evaluate(self.model, self.docs, self.condition(name), self.cfg, self.rt)
-        ledger, computed = naive_ledger(self.model, self.docs, self.condition(name), self.cfg)
+        ledger, computed = naive_ledger(self.model, self.docs, self.condition(name), self.cfg, self.rt)
         return tg.Score.tally(ledger, self.docs, self.condition(name), self.cfg.ttt_chunk_size, computed)
 
 
-def naive_ledger(model: tg.GPT, docs: tg.Documents, how: tg.Condition, cfg: tg.Config) -> tuple[torch.Tensor, int]:
+def naive_ledger(
+    model: tg.GPT, docs: tg.Documents, how: tg.Condition, cfg: tg.Config, rt: tg.Runtime
+) -> tuple[torch.Tensor, int]:
     """The recipe's scores, as `tg.fill_ledger` returns them."""
     ledger, computed = torch.zeros(2, len(docs.tokens) - 1), 0
     model.requires_grad_(False)
     order = np.argsort(docs.predictions, kind="stable")
     for batch in np.split(order, range(how.batch, len(order), how.batch)):
-        start = tg.DocumentAdapters(model, how, len(batch), cfg.seed, tg.Runtime(torch.device("cpu"), model.dtype))
+        start = tg.DocumentAdapters(model, how, len(batch), cfg.seed, rt)
         flat = torch.nn.Parameter(start.flat.clone())
         adam = torch.optim.Adam([flat], how.lesson.lr, how.lesson.betas, 1e-10)
         predictions, chunks = docs.predictions[batch], -(-docs.predictions[batch] // how.chunk)
@@ -209,6 +213,51 @@ def scaling(bench: Bench, total: int) -> None:
     print(f"correlation of predictions and seconds: {np.corrcoef(np.array(rows).T)[0, 1]:.4f}")
 
 
+def settings(bench: Bench) -> dict[str, tg.Condition]:
+    """What the frontier is drawn from: the rungs of the ladder, and the stream with one thing or another changed."""
+    best = bench.condition("stream")
+    chunks = {c: replace(best, chunk=c, lesson=replace(best.lesson, lr=best.lesson.lr * (c / best.chunk) ** 0.5))
+              for c in (16, 64, 128, 256)}  # fmt: skip
+    lessons = {
+        "head alone": {"targets": ("lm_head",)}, "MLP and head": {"targets": ("fc", "mlp.proj", "lm_head")},
+        "all projections": {"targets": tg.TARGETS}, "rank 8": {"rank": 8}, "spread 1": {"spread": 1.0},
+        "half the rate": {"lr": best.lesson.lr / 2}, "twice the rate": {"lr": best.lesson.lr * 2},
+        "beta1 0.9": {"betas": (0.9, 0.99)}, "beta2 0.999": {"betas": (0.0, 0.999)},
+    }  # fmt: skip
+    changed = {f"stream, {label}": replace(best, lesson=replace(best.lesson, **change))
+               for label, change in lessons.items()}  # fmt: skip
+    rungs = {name: bench.condition(name) for name in ("stride", "ttt", "stream_fast", "stream")}
+    return rungs | {f"stream, chunk {c}": how for c, how in chunks.items()} | changed
+
+
+def frontier(bench: Bench, picture: Path) -> None:
+    """Gain over `stride` against seconds for many settings: a table, with intervals by document, and a picture."""
+    import matplotlib.pyplot as plt  # the rest of the file does without
+
+    rows, stride = [], None
+    print("| setting | val_bpb | gain over stride | 95 % interval | / ttt's | seconds | / ttt's |\n|" + "---|" * 7)
+    for name, how in settings(bench).items():
+        began = time.perf_counter()
+        score = tg.evaluate(bench.model, bench.docs, how, bench.cfg, bench.rt)
+        spent = time.perf_counter() - began
+        nats = np.bincount(score.columns["doc"], score.columns["loss_nats"]) / np.log(2)
+        sizes = np.bincount(score.columns["doc"], score.columns["bytes"])
+        stride = nats if stride is None else stride
+        draws = np.random.default_rng(0).integers(len(nats), size=(10_000, len(nats)))  # documents, with replacement
+        low, high = np.quantile((stride - nats)[draws].sum(1) / sizes[draws].sum(1), (0.025, 0.975))
+        rows.append((name, (stride - nats).sum() / sizes.sum(), spent))
+        gain, seconds = (rows[1][1], rows[1][2]) if len(rows) > 1 else (np.nan, np.nan)
+        print(f"| {name} | {score.bpb:.4f} | {rows[-1][1]:.4f} | {low:.4f} to {high:.4f} | {rows[-1][1] / gain:.2f} "
+              f"| {spent:.1f} | {spent / seconds:.2f} |", flush=True)  # fmt: skip
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, gain, seconds in rows:
+        axes.plot(seconds, gain, "o", color="#d9622b" if name in VARIANTS else "#9aa3ad")
+        axes.annotate(name.removeprefix("stream, "), (seconds, gain), (5, 3), textcoords="offset points", size=8)
+    axes.set(xlabel="seconds", ylabel="bits per byte gained over stride")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what an evaluation costs.")
     parser.add_argument("--artifact", type=Path, required=True)
@@ -216,10 +265,13 @@ def main() -> None:
     parser.add_argument("--docs", type=int, default=0, help="only the first so many documents (default: all)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scaling", action="store_true", help="time against lengths and numbers of documents instead")
+    parser.add_argument("--frontier", type=Path, help="picture of gain against seconds, with its table, instead")
     parser.add_argument("--total", type=int, default=1_200_000, help="predictions in the runs of --scaling by length")
     options = parser.parse_args()
     bench = Bench.load(options.artifact, options.data, options.docs)
-    if options.scaling:
+    if options.frontier:
+        frontier(bench, options.frontier)
+    elif options.scaling:
         scaling(bench, options.total)
     else:
         compare(bench, options.repeats)
