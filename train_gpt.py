@@ -142,8 +142,8 @@ class Config:
     ttt_chunk_size: int = _opt(256, "predictions scored, then learned from, at once", 1)
     ttt_eval_seq_len: int = _opt(1024, "tokens of context at most", 1)
     ttt_batch_size: int = _opt(64, "documents side by side", 1)
-    ttt_stream_chunk: int = _opt(32, "stream: predictions scored, then learned from, at once", 1)
-    ttt_stream_lr: float = _opt(0.003, "stream: Adam rate at the start of a document", 0)
+    ttt_stream_chunk: int = _opt(64, "stream: predictions scored, then learned from, at once", 1)
+    ttt_stream_lr: float = _opt(0.0045, "stream: Adam rate at the start of a document", 0)
     ttt_stream_betas: tuple[float, ...] = _opt((0.0, 0.99), "stream: Adam", 0)
     ttt_stream_rank: int = _opt(32, "stream: adapter rank", 1)
     ttt_stream_targets: tuple[str, ...] = _opt(TARGETS[3:], "stream: projections with adapters", choices=TARGETS)
@@ -1032,13 +1032,13 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     chunk, window, batch = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, cfg.ttt_batch_size
     recipe = Lesson(("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr)
     best = Lesson(cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, cfg.ttt_stream_betas, 4.0, 0.2)
-    fast, large = replace(best, lr=2 * best.lr), 4 * cfg.ttt_stream_chunk  # fewer steps, each of them longer
+    fast = replace(best, lr=math.sqrt(2) * best.lr)  # for half as many steps
     return {
         "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
         "doc": Condition(window, window, batch),
         "stride": Condition(chunk, window, batch),
         "ttt": Condition(chunk, window, batch, recipe, final="final_int8_ttt_lora"),
-        "stream_fast": Condition(large, window, batch, fast, stream=True),
+        "stream_fast": Condition(2 * cfg.ttt_stream_chunk, window, batch, fast, stream=True),
         "stream": Condition(cfg.ttt_stream_chunk, window, batch, best, stream=True, final="final_int8_ttt_stream"),
     }
 
