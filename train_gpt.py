@@ -589,7 +589,7 @@ def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves convention: (B, H, T, N) with the tables of `rope_tables`."""
+    """Rotary embedding, halves convention: (B, H, T, N) with tables (T, N), or (B, 1, T, N) for each row."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -959,7 +959,8 @@ class DocumentAdapters:
             start += [a * (lesson.spread / math.sqrt(in_dim)), torch.zeros(out_dim * lesson.rank, device="cpu")]
         self.start = torch.cat(start).to(rt.device)
         self.flat = self.start.repeat(seats, 1)
-        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.square = torch.zeros_like(self.flat)
+        self.mean = torch.zeros_like(self.flat) if lesson.betas[0] else self.flat.new_zeros(seats, 1)  # else never read
         self.steps = torch.zeros(seats, 1, device=rt.device)
         self.state = [self.flat, self.mean, self.square, self.steps]  # one row a seat
 
@@ -1024,8 +1025,7 @@ class Condition:
 def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN.
 
-    How `stream` learns, and what `stream_fast` gives up for speed, was found on one corpus and confirmed on another
-    (records/NOTES.md).
+    How `stream` learns, and what `stream_fast` gives up for speed, was chosen on two corpora (records/NOTES.md).
     """
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
@@ -1123,9 +1123,10 @@ class Memory:
     """Keys and values of at least the last W - 1 tokens of documents side by side, in every layer.
 
     They stay as they were when their chunk was scored, without gradients, in a ring that all seats turn together, of
-    a size that does not depend on the documents. Time counts from the start of the evaluation, and rotary positions
-    are times, since attention depends on differences alone. A stream that learns nothing equals one pass over each
-    document under a banded mask. That is not what windows give: through the layers, text older than W reaches a token.
+    a size that does not depend on the documents. Time counts from the start of the evaluation, rotary positions from
+    that of the document, so that no rounding depends on who sat there before. A stream that learns nothing equals one
+    pass over each document under a banded mask, which is more than windows give: text older than W reaches a token
+    through the layers.
     Source of the memory: Transformer-XL, https://arxiv.org/abs/1901.02860.
     """
 
@@ -1144,6 +1145,7 @@ class Memory:
 
     def turn(self, rows: slice) -> None:
         """Get ready for the next chunk of the documents in `rows`: where it goes, its rotation and what it may see."""
+        assert isinstance(rows, slice), "whoever streams takes turns together, and writes into the ring itself"
         device, base = self.began.device, self.now - self.size
         new = torch.arange(self.now, self.now + self.how.chunk, device=device)
         old = base + (torch.arange(self.size, device=device) - base) % self.size  # when each entry was written
@@ -1152,7 +1154,9 @@ class Memory:
         hidden = (age < 0) | (age >= self.how.window) | (times < self.began[rows, None, None])  # (B, C, size + C)
         bias = torch.zeros(hidden.shape, dtype=self.rings[0].dtype, device=device).masked_fill_(hidden, -math.inf)
         self.bias = bias[:, None].repeat(1, self.rings[0].size(2), self.share, 1).flatten(0, 1)
-        self.rope = rope_tables(new, self.rings[0].size(-1), self.base)
+        own = (new - self.began[rows, None]).flatten()
+        tables = rope_tables(own, self.rings[0].size(-1), self.base)
+        self.rope = tuple(table.view(len(hidden), 1, self.how.chunk, -1) for table in tables)
         self.rows, begin = rows, self.now % self.size
         self.place, self.now = slice(begin, begin + self.how.chunk), self.now + self.how.chunk
 
@@ -1240,7 +1244,8 @@ def group_windows(left: np.ndarray, ends: np.ndarray, how: Condition) -> Iterato
     """Rows whose windows run together, and whether they are learned from: a document's last chunk teaches nobody.
 
     `left` predictions remain in each row's document and its chunk ends at `ends`. Windows that teach are of equal
-    length, the others within 5 %, whatever the documents. A stream is one group.
+    length, the others within 5 %, whatever the documents. A stream is one group, in which a last chunk may be learned
+    from, too; what it taught is forgotten unheard.
     """
     more, inputs = (left > how.chunk) & (how.lesson is not None), np.minimum(ends, how.window)
     shapes = np.where(more, inputs, -1 - np.log(inputs) // math.log(1.05))

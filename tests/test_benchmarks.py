@@ -1,6 +1,8 @@
 """The benchmarks run, and say no where a promise is broken."""
 
+import itertools
 import sys
+from dataclasses import replace
 
 import invariance
 import numpy as np
@@ -71,3 +73,21 @@ def test_synthetic_documents_have_the_lengths_asked_for(bench):
     assert docs.predictions.tolist() == [9000, 10, 700] and docs.starts.tolist() == [0, 9000, 9010]
     assert len(docs.tokens) == 9711 == len(docs.bytes) + 1
     assert docs.tokens[len(bench.docs.tokens) - 1] == bench.docs.tokens[0]
+
+
+def test_scaling_and_frontier_run(bench, capsys, tmp_path, monkeypatch):
+    conditions = ttt_eval.settings(bench)
+    shapes = [replace(how, final="") for how in conditions.values()]
+    assert all(a != b for a, b in itertools.combinations(shapes, 2))
+    monkeypatch.setattr(ttt_eval, "settings", lambda bench: dict(list(conditions.items())[:3]))
+    ttt_eval.frontier(bench, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 5000
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == ["stride", "ttt", "stream_fast"]
+    for row in rows[1:]:
+        low, high = (float(bound) for bound in row[3].split(" to "))
+        assert low < float(row[2]) < high
+    ttt_eval.scaling(bench, 3000, (1000, 2000), (2, 4, 8))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1:3] for line in lines[2:4]] == [["3", "3000"], ["2", "3000"]]
+    assert lines[-1].startswith("correlation of predictions and seconds: ")

@@ -340,26 +340,28 @@ def test_a_stream_that_learns_nothing_is_one_banded_pass(rt, chunk, batch):
         torch.testing.assert_close(ledger[0], banded_losses(model, docs, W), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("now", [0, 7 * C, 130_000])
-def test_positions_far_out_lose_no_precision(rt, now):
-    """A document that sits down late scores what it scores at the start; rotations agree with fp64."""
+@pytest.mark.parametrize(("now", "began"), [(0, 0), (130_000, 0), (130_000, 130_000)])
+def test_positions_far_out_lose_no_precision(rt, now, began):
+    """Far into a document, and for one that sits down late, scores are what they are at the start, rotations fp64's."""
     cfg = tiny_config()
     model, docs, how = tiny_model(cfg, rt), tiny_documents([60]), tiny_condition(cfg, learn=False, stream=True)
     model = tg.frozen(model)
     memory = tg.Memory(model, how, 1, rt)
-    memory.now = now
+    memory.now = began
     memory.reset(torch.tensor([0]))
+    memory.now = now
     losses = []
     for c in range(7):
         place = np.array([c * C])
         batch = tg.gather_chunk(docs.tokens, docs.starts, docs.predictions - place, place, how, rt)
         losses.append(tg.score_then_learn(model, replace(batch, rows=slice(1)), None, memory, False)[0])
         frequencies = 10000.0 ** -(torch.arange(4).double() / 4)
-        exact = torch.outer(torch.arange(now + c * C, now + (c + 1) * C).double(), frequencies)
+        exact = torch.outer(torch.arange(now - began + c * C, now - began + (c + 1) * C).double(), frequencies)
         for ours, expected in zip(memory.rope, (exact.cos(), exact.sin()), strict=True):
-            torch.testing.assert_close(ours[:, :4].double(), expected, atol=1e-7, rtol=0)
+            torch.testing.assert_close(ours[0, 0, :, :4].double(), expected, atol=1e-7, rtol=0)
     assert memory.now == now + 7 * C
-    torch.testing.assert_close(torch.cat(losses), banded_losses(model, docs, W)[: 7 * C], atol=1e-5, rtol=0)
+    if now == began:  # else the memory has a past that is no text
+        torch.testing.assert_close(torch.cat(losses), banded_losses(model, docs, W)[: 7 * C], atol=1e-5, rtol=0)
 
 
 def test_a_memory_does_not_grow(rt, monkeypatch):
@@ -404,16 +406,19 @@ def test_a_stream_shorter_than_a_row_is_one_row(rt):
 
 
 def test_the_ladder_is_the_record_s():
-    docs, cfg = tiny_documents([5000]), tg.Config(grad_accum_steps=8, ttt_stream_targets=("fc",), ttt_stream_lr=0.5)
+    stream = {"ttt_stream_targets": ("fc",), "ttt_stream_lr": 0.5, "ttt_stream_rank": 5, "ttt_stream_betas": (0.1, 0.2)}
+    docs, cfg = tiny_documents([5000]), tg.Config(grad_accum_steps=8, ttt_batch_size=13, **stream)
     rungs = tg.ladder(docs, cfg, tg.Runtime(docs.tokens.device, torch.float32))
     shapes = {name: (how.chunk, how.window, how.stream, how.isolated) for name, how in rungs.items()}
     assert shapes == {
         "flat": (1024, 1024, False, False), "doc": (1024, 1024, False, True),
         "stride": (256, 1024, False, True), "ttt": (256, 1024, False, True),
-        "stream_fast": (128, 1024, True, True), "stream": (cfg.ttt_stream_chunk, 1024, True, True),
+        "stream_fast": (128, 1024, True, True), "stream": (64, 1024, True, True),
     }  # fmt: skip
     assert rungs["ttt"].lesson == tg.Lesson(("c_q", "c_v", "lm_head"), 8, 0.01, (0.9, 0.95), spread=1.0, decay=0.0)
-    assert (rungs["stream"].lesson.targets, rungs["stream"].lesson.lr) == (("fc",), 0.5)
+    best = tg.Lesson(("fc",), 5, 0.5, (0.1, 0.2), spread=4.0, decay=0.2)
+    assert rungs["stream"].lesson == best and rungs["stream_fast"].lesson == replace(best, lr=0.5 * math.sqrt(2))
+    assert {name: how.batch for name, how in rungs.items() if name != "flat"} == dict.fromkeys(list(rungs)[1:], 13)
     assert [name for name, how in rungs.items() if how.lesson] == ["ttt", "stream_fast", "stream"]
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import CPU, tiny_config, tiny_model
 
 import train_gpt as tg
 
@@ -136,3 +136,15 @@ def test_rope_tables_are_built_in_double_precision():
     exact = 130_000 * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     for row, expected in ((cos[130_000], (exact.cos(), exact.cos())), (sin[130_000], (exact.sin(), -exact.sin()))):
         torch.testing.assert_close(row.double(), torch.cat(expected), atol=1e-7, rtol=0)
+
+
+def test_a_frozen_copy_scores_the_same_and_keeps_its_gains():
+    """Weights are cast once instead of in every pass; gains are used in fp32."""
+    rt = tg.Runtime(CPU, torch.bfloat16)
+    model = tiny_model(tiny_config(), rt)
+    ids = torch.arange(64).view(2, 32)
+    copied = tg.frozen(model)
+    assert torch.equal(copied(ids, ids.flip(0)), model(ids, ids.flip(0)))
+    kept = {name for name, p in copied.named_parameters() if p.dtype is torch.float32}
+    assert kept == {f"blocks.{i}.attn.q_gain" for i in range(3)}
+    assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
