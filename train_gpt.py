@@ -1579,6 +1579,7 @@ def main() -> int:
                 rt.log(f"error: {error}", console=False)
     if agreed and dist.is_initialized():  # else another rank may be waiting for this one, and leaving would wait for it
         dist.destroy_process_group()
+        time.sleep(0.1)  # gloo's threads need the interpreter to drop their last tensors, and abort when it is gone
     return status
 
 
