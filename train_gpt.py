@@ -1109,13 +1109,13 @@ def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
         rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data)}")
 
 
-def share_documents(work: np.ndarray, world: int) -> list[np.ndarray]:
-    """Documents of each rank, most work first: the longest remaining document goes to the least loaded rank."""
-    loads, shares = np.zeros(world, dtype=np.int64), [[] for _ in range(world)]
+def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
+    """Documents of each of `count` ranks or seats, most work first: the longest one left goes to the least loaded."""
+    loads, shares = np.zeros(count, dtype=np.int64), [[] for _ in range(count)]
     for document in np.argsort(-work, kind="stable"):
-        rank = loads.argmin()
-        shares[rank].append(document)
-        loads[rank] += work[document]
+        least = loads.argmin()
+        shares[least].append(document)
+        loads[least] += work[document]
     return [np.array(share, dtype=np.int64) for share in shares]
 
 
@@ -1240,14 +1240,15 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
         yield document[order[begin:end]], number[order[begin:end]]
 
 
-def group_windows(left: np.ndarray, ends: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool]]:
+def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool]]:
     """Rows whose windows run together, and whether they are learned from: a document's last chunk teaches nobody.
 
-    `left` predictions remain in each row's document and its chunk ends at `ends`. Windows that teach are of equal
-    length, the others within 5 %, whatever the documents. A stream is one group, in which a last chunk may be learned
-    from, too; what it taught is forgotten unheard.
+    Chunks begin `places` tokens into their documents, which have `left` predictions more. Windows that teach are of
+    equal length, the others within 5 %, whatever the documents. A stream is one group, in which a last chunk may be
+    learned from, too; what it taught is forgotten unheard.
     """
-    more, inputs = (left > how.chunk) & (how.lesson is not None), np.minimum(ends, how.window)
+    inputs = np.minimum(places + np.minimum(left, how.chunk), how.window)
+    more = (left > how.chunk) & (how.lesson is not None)
     shapes = np.where(more, inputs, -1 - np.log(inputs) // math.log(1.05))
     if how.stream:
         shapes = np.full_like(shapes, more.any())
@@ -1258,9 +1259,9 @@ def group_windows(left: np.ndarray, ends: np.ndarray, how: Condition) -> Iterato
 def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> tuple[Tensor, int]:
     """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens.
 
-    With a lesson, each document owns adapters that take one Adam step after each of its chunks but the last, whose
-    lesson nobody would hear. Documents are shared over the ranks by work, longest first.
-    Returns the `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
+    With a lesson, each document owns adapters that take one Adam step after each chunk that another one follows.
+    Documents are shared over the ranks by work, longest first, and run side by side as `plan_seats` has it. Returns the
+    `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
     """
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
@@ -1276,7 +1277,7 @@ def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Ru
                     owned.reset(rt.upload(fresh))
             places = numbers * how.chunk
             left = predictions[documents] - places
-            for rows, learn in group_windows(left, places + np.minimum(left, how.chunk), how):
+            for rows, learn in group_windows(left, places, how):
                 batch = gather_chunk(docs.tokens, starts[documents[rows]], left[rows], places[rows], how, rt)
                 batch = replace(batch, rows=rt.upload(rows) if len(rows) < len(documents) else slice(len(rows)))
                 losses = score_then_learn(model, batch, adapters, memory, learn)

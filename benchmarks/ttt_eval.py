@@ -6,9 +6,9 @@
 
 The first prints a table of the variants, run in turns in one process, with the median of their seconds; the second how
 the time of a stream grows with the number of documents and with the longest of them; the third what changed settings of
-the stream gain and take. `naive` is written here, from the
-description of the recipe: documents in ascending order, 64 at a time, all of them run until the last has ended, losses
-of whole windows, Python loops over documents for the bookkeeping. It uses the model of train_gpt.py as it is.
+the stream gain and take. `naive` is written here, from the description of the recipe: documents in ascending order, 64
+at a time, all of them run until the last has ended, losses of whole windows, Python loops over documents for the
+bookkeeping. It uses the model of train_gpt.py as it is.
 """
 
 import argparse
