@@ -560,7 +560,7 @@ def rms_norm(x: Tensor) -> Tensor:
 def project(x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """x W^T, plus each row's own x A^T B^T: (B, T, in) -> (B, T, out), all in the dtype of x."""
     out = F.linear(x, weight.to(x.dtype))
-    return out if lora is None else torch.baddbmm(out, x @ lora[0].mT, lora[1].mT)
+    return out if lora is None else torch.baddbmm(out, torch.bmm(x, lora[0].mT), lora[1].mT)
 
 
 class Linear(nn.Linear):
@@ -1165,7 +1165,8 @@ class Memory:
         keys, values = (half[self.rows] for half in self.rings[layer])
         every_key, every_value = torch.cat((keys, k), 2).flatten(0, 1), torch.cat((values, v), 2).flatten(0, 1)
         queries = (q * q.size(-1) ** -0.5).reshape(len(every_key), -1, q.size(-1))
-        out = (torch.baddbmm(self.bias, queries, every_key.mT).softmax(-1) @ every_value).view(q.shape)
+        weights = torch.baddbmm(self.bias, queries, every_key.mT).softmax(-1)
+        out = torch.bmm(weights, every_value).view(q.shape)
         keys[:, :, self.place], values[:, :, self.place] = k.detach(), v.detach()
         return out
 
