@@ -35,8 +35,8 @@ import contextlib
 import copy
 import ctypes
 import functools
-import hashlib
 import io
+import itertools
 import math
 import os
 import platform
@@ -48,6 +48,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,11 @@ class Runtime:
         launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
         rule, versions = "=" * 100, f"numpy:{np.__version__} sentencepiece:{sentencepiece.__version__}"
         head = [source_code(), rule, f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}"]
-        head += [describe_device(self.device), rule, time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
+        cpu = re.search(r"model name\s*:\s*(.+)", info.read_text() if (info := Path("/proc/cpuinfo")).exists() else "")
+        cpu = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        gpu = self.device.type == "cuda" and f"{torch.cuda.get_device_name(self.device)}, CUDA {torch.version.cuda}"
+        head += [f"{torch.cuda.device_count()} x {gpu}" if gpu else cpu, rule]
+        head += [time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
         head += [" ".join(["command:", *given, launcher, "train_gpt.py"])]
         head += ["config: " + " ".join(f"{name}={value}" for name, value in settings.items())]
         head += [f"versions: python:{platform.python_version()} torch:{torch.__version__} {versions}"]
@@ -297,7 +302,7 @@ class Runtime:
         dtype, why = choose_dtype(cfg)
         self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
         self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
-        self.log(f"sha256 script:{sha256(source_code().encode())}")
+        self.log(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
 
     def log(self, text: str, console: bool = True) -> None:
         """Write to the log file and, unless told otherwise, to standard output. Rank 0 only, which has a log file."""
@@ -331,12 +336,10 @@ class Runtime:
         return values
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks: one reduction for each dtype."""
-        # dict.fromkeys keeps the order in which dtypes appear, the same on every rank; a set would not.
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors) if self.world > 1 else ():
-            same = [tensor for tensor in tensors if tensor.dtype == dtype]
-            joined = self.sum(torch.cat([tensor.flatten() for tensor in same])).div_(self.world)
-            for tensor, mean in zip(same, joined.split([tensor.numel() for tensor in same]), strict=True):
+        """Replace each tensor by its mean over the ranks: one reduction of all of them, in fp32."""
+        if self.world > 1:
+            joined = self.sum(torch.cat([tensor.flatten().float() for tensor in tensors])).div_(self.world)
+            for tensor, mean in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
     def upload(self, array: np.ndarray) -> Tensor:
@@ -396,20 +399,6 @@ def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
 def source_code() -> str:
     """This file's own text, which heads every log and counts towards the budget: read once, lest it be edited."""
     return Path(__file__).read_bytes().decode()
-
-
-def sha256(data: bytes | memoryview) -> str:
-    """The hash by which logs name files."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def describe_device(device: torch.device) -> str:
-    """What CUDA, or the kernel, says about the hardware."""
-    if device.type == "cuda":
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    cpu_info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*:\s*(.+)", cpu_info.read_text() if cpu_info.exists() else "")
-    return f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -578,19 +567,11 @@ class Linear(nn.Linear):
 
 
 def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Factors (T, N) fp32 of `rotate`, [cos, cos] and [sin, -sin] of position x frequency, built in fp64.
-
-    `positions` (T,) are whole numbers, of any size.
-    """
+    """Factors (T, N) fp32 of a rotation, [cos, cos] and [sin, -sin] of position (T,) x frequency, built in fp64."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
     angle = torch.outer(positions.double(), base**-exponent)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves convention: (B, H, T, N) with tables (T, N), or (B, 1, T, N) for each row."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -609,32 +590,21 @@ class Attention(nn.Module):
         q, k, v = (proj(x, adapters) for proj in (self.c_q, self.c_k, self.c_v))
         qk, v = (t.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for t in (torch.cat((q, k), -1), v))
         gain = F.pad(self.q_gain, (0, v.size(1)), value=1.0)[:, None, None]  # keys have none
-        qk = (rotate(rms_norm(qk.float()), cos, sin) * gain).to(x.dtype)
+        qk = rms_norm(qk.float())
+        qk = (torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin) * gain).to(x.dtype)  # halves convention
         q, k = qk.split((len(self.q_gain), v.size(1)), 1)
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(x.shape), adapters)
 
 
-class MLP(nn.Module):
-    """relu squared between two projections."""
-
-    def __init__(self, cfg: Config, name: str) -> None:
-        super().__init__()
-        hidden = cfg.mlp_mult * cfg.model_dim
-        self.fc = Linear(cfg.model_dim, hidden, f"{name}.fc")
-        self.proj = Linear(hidden, cfg.model_dim, f"{name}.proj", zero=True)
-
-    def forward(self, x: Tensor, adapters: Adapters) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return self.proj(F.relu(self.fc(x, adapters)).square(), adapters)
-
-
 class Block(nn.Module):
-    """Attention, then MLP, on a residual stream that can mix the embedding back in."""
+    """Attention, then an MLP with relu squared, on a residual stream that can mix the embedding back in."""
 
     def __init__(self, cfg: Config, name: str) -> None:
         super().__init__()
-        ones = torch.ones(cfg.model_dim, dtype=torch.float32, device="cpu")
-        self.attn, self.mlp = Attention(cfg, f"{name}.attn"), MLP(cfg, f"{name}.mlp")
+        dim, hidden = cfg.model_dim, cfg.mlp_mult * cfg.model_dim
+        ones = torch.ones(dim, dtype=torch.float32, device="cpu")
+        self.attn, fc = Attention(cfg, f"{name}.attn"), Linear(dim, hidden, f"{name}.mlp.fc")
+        self.mlp = nn.ModuleDict({"fc": fc, "proj": Linear(hidden, dim, f"{name}.mlp.proj", zero=True)})
         self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
         self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros_like(ones))))
 
@@ -643,7 +613,8 @@ class Block(nn.Module):
         mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
         x = torch.addcmul(mix[0] * x, mix[1], x0)
         x = torch.addcmul(x, attn_scale, self.attn(rms_norm(x), *rope, adapters, attention))
-        return torch.addcmul(x, mlp_scale, self.mlp(rms_norm(x), adapters))
+        hidden = F.relu(self.mlp.fc(rms_norm(x), adapters)).square()
+        return torch.addcmul(x, mlp_scale, self.mlp.proj(hidden, adapters))
 
 
 class GPT(nn.Module):
@@ -657,8 +628,8 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self.softcap, self.half = dtype, cfg.logit_softcap, cfg.num_layers // 2
-        self.rope_base = cfg.rope_base
+        self.dtype, self.softcap, self.rope_base = dtype, cfg.logit_softcap, cfg.rope_base
+        self.half = cfg.num_layers // 2
         # Built on the CPU whatever the device, so that a seed means the same weights everywhere.
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim, device="cpu", dtype=torch.float32)
         if cfg.tie_embeddings:
@@ -668,9 +639,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, f"blocks.{i}") for i in range(cfg.num_layers))
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, "lm_head", zero=True)
         positions = torch.arange(max(cfg.train_seq_len, cfg.ttt_eval_seq_len), device="cpu")
-        cos, sin = rope_tables(positions, cfg.model_dim // cfg.num_heads, cfg.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        tables = rope_tables(positions, cfg.model_dim // cfg.num_heads, cfg.rope_base)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     @property
     def head(self) -> nn.Parameter:
@@ -773,18 +744,14 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.
     return muon, adam
 
 
-def lr_scale(step: int, elapsed_ms: float, cfg: Config) -> float:
-    """Factor on every learning rate: 1, then linearly down to 0 over the last WARMDOWN_ITERS of ITERATIONS."""
+def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
+    """(factor on every learning rate, Muon's momentum) at `step`, counted from 0; the fall and the climb are linear."""
     left, fall = cfg.iterations - step, cfg.warmdown_iters
     if cfg.max_wallclock_seconds:  # in milliseconds: so many steps before the cap, at the mean pace so far
         left, fall = 1000 * cfg.max_wallclock_seconds - elapsed_ms, fall * elapsed_ms / max(step, 1)
-    return min(1.0, max(0.0, left / fall)) if fall else 1.0
-
-
-def muon_momentum(step: int, cfg: Config) -> float:
-    """Muon's momentum at `step`, counted from 0: a linear climb over its warm-up."""
     way = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-    return (1 - way) * cfg.muon_momentum_warmup_start + way * cfg.muon_momentum
+    momentum = (1 - way) * cfg.muon_momentum_warmup_start + way * cfg.muon_momentum
+    return min(1.0, max(0.0, left / fall)) if fall else 1.0, momentum
 
 
 # ==== Artifact: int8 + zlib, written and read =========================================================================
@@ -796,16 +763,6 @@ SUBMISSION_BUDGET = 16_000_000  # bytes of code and artifact together
 CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")  # small and touchy: kept in fp32
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(q int8 (rows, cols), scale fp16 (rows,)) with weight ~ q * scale."""
-    w = weight.float()
-    clip = torch.quantile(w.abs(), CLIP_QUANTILE, dim=1, keepdim=True)
-    # The floor is a rate choice, not a guard: it makes the typical row coarse enough for zlib to bring the record's
-    # model to 15.8 MB, and costs about 0.0075 bpb there.
-    scale = (clip / 127).clamp_min(1 / 127)
-    return (w.clamp(-clip, clip) / scale).round().clamp(-127, 127).to(torch.int8), scale[:, 0].half()
-
-
 def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The artifact's content, in the published layout (spec section 5), from a state dict on the CPU."""
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
@@ -814,7 +771,13 @@ def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if tensor.numel() > KEEP_FLOAT_NUMEL:
             assert tensor.ndim == 2, name
-            out["quantized"][name], out["scales"][name] = quantize_rows(tensor)
+            w = tensor.float()  # (rows, cols), to be about q int8 (rows, cols) * scale fp16 (rows,)
+            clip = torch.quantile(w.abs(), CLIP_QUANTILE, dim=1, keepdim=True)
+            # The floor is a rate choice, not a guard: it makes the typical row coarse enough for zlib to bring the
+            # record's model to 15.8 MB, and costs about 0.0075 bpb there.
+            scale = (clip / 127).clamp_min(1 / 127)
+            out["quantized"][name] = (w.clamp(-clip, clip) / scale).round().clamp(-127, 127).to(torch.int8)
+            out["scales"][name] = scale[:, 0].half()
             out["dtypes"][name], out["qmeta"][name] = dtype, {"scheme": "per_row", "axis": 0}
         elif any(control in name for control in CONTROL_NAMES):
             out["passthrough"][name] = tensor.float()
@@ -835,12 +798,6 @@ def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def serialize(content: Any) -> bytes:
-    """torch.save to bytes."""
-    torch.save(content, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
 def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path."""
     # EVAL_ONLY has a .pt already: then only the artifact is written, under a name that no training uses.
@@ -853,29 +810,21 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     for name, tensor in dequantize_state(content).items():
         if not tensor.isfinite().all():
             raise UserError(f"{name}: holds values that are not finite; expected a sound model, nothing was exported")
-    raw, quantized, code = serialize(state), serialize(content), len(source_code().encode())
+    torch.save(state, raw := io.BytesIO())
+    torch.save(content, packed := io.BytesIO())
     if not cfg.eval_only:
-        write_atomically(path.with_name("final_model.pt"), raw)
-    blob = zlib.compress(quantized, level=9)
-    write_atomically(path, blob)
+        write_atomically(path.with_name("final_model.pt"), raw.getvalue())
+    write_atomically(path, blob := zlib.compress(packed.getvalue(), level=9))
+    code, raw_size, packed_size = len(source_code().encode()), len(raw.getvalue()), len(packed.getvalue())
     held = [*content["quantized"].values(), *content["scales"].values(), *content["passthrough"].values()]
     before, after = (sum(tensor.nbytes for tensor in tensors) for tensors in (state.values(), held))
-    rt.log(f"Serialized model: {len(raw)} bytes")
+    rt.log(f"Serialized model: {raw_size} bytes")
     rt.log(f"Code size: {code} bytes")
-    rt.log(f"Total submission size: {len(raw) + code} bytes")
-    sizes = f"payload:{after} raw_torch:{len(quantized)} payload_ratio:{before / after:.2f}x"
+    rt.log(f"Total submission size: {raw_size + code} bytes")
+    sizes = f"payload:{after} raw_torch:{packed_size} payload_ratio:{before / after:.2f}x"
     rt.log(f"Serialized model int8+zlib: {len(blob)} bytes ({sizes})")
     rt.log(f"Total submission size int8+zlib: {len(blob) + code} bytes")
     return path
-
-
-def report_artifact(path: Path, rt: Runtime) -> None:
-    """Log which artifact is scored, and whether it and this script fit the budget."""
-    blob = path.read_bytes()
-    total = len(blob) + len(source_code().encode())
-    verdict = "PASS" if total <= SUBMISSION_BUDGET else "FAIL"
-    rt.log(f"sha256 artifact:{sha256(blob)} {path.name}")
-    rt.log(f"submission_size:{total} budget:{SUBMISSION_BUDGET} headroom:{SUBMISSION_BUDGET - total} {verdict}")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -923,44 +872,29 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> N
 # ==== Adapters: a low-rank correction per document, and its optimizer =================================================
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """A document's adapters: R = `rank`, on projections whose names end in `targets`, learning by Adam.
-
-    They start at A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0. The rate falls with the number t of tokens learned
-    from as (1 + t/1000)^-decay: what a document is like is learned early, and a constant rate drowns it in noise.
-    """
-
-    targets: tuple[str, ...]
-    rank: int
-    lr: float
-    betas: tuple[float, ...] = (0.9, 0.95)
-    spread: float = 1.0
-    decay: float = 0.0
-
-
 class DocumentAdapters:
-    """Adapters of documents side by side, with the Adam state that trains them, as `Lesson` says.
+    """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says.
 
     All numbers of the document in one seat are one row of `flat` (seats, P), so that one update serves every adapter
-    of every document. Every document starts from the same seeded values, so that its score does not depend on its
-    neighbours. Source: LoRA, https://arxiv.org/abs/2106.09685.
+    of every document. Every document starts from the same seeded values, A ~ U(-spread/sqrt(in), spread/sqrt(in)) and
+    B = 0, so that its score does not depend on its neighbours. The rate falls with the number t of tokens learned from
+    as (1 + t/1000)^-decay: what a document is like is learned early, and a constant rate drowns it in noise.
+    Source: LoRA, https://arxiv.org/abs/2106.09685.
     """
 
     def __init__(self, model: GPT, how: Condition, seats: int, seed: int, rt: Runtime) -> None:
         found = {layer.name: layer.weight for layer in model.modules() if isinstance(layer, Linear)}
-        found["lm_head"], lesson = model.head, how.lesson  # the head may be the embedding
-        layers = {name: weight for name, weight in found.items() if name.endswith(lesson.targets)}
+        layers = {n: w for n, w in (found | {"lm_head": model.head}).items() if n.endswith(how.targets)}
         generator = torch.Generator(device="cpu").manual_seed(seed)
         self.names, self.how, self.dtype, self.shapes, start = list(layers), how, model.dtype, [], []
         for out_dim, in_dim in (weight.shape for weight in layers.values()):
-            self.shapes += [(lesson.rank, in_dim), (out_dim, lesson.rank)]
-            a = torch.rand(lesson.rank * in_dim, generator=generator, device="cpu") * 2 - 1
-            start += [a * (lesson.spread / math.sqrt(in_dim)), torch.zeros(out_dim * lesson.rank, device="cpu")]
+            self.shapes += [(how.rank, in_dim), (out_dim, how.rank)]
+            a = torch.rand(how.rank * in_dim, generator=generator, device="cpu") * 2 - 1
+            start += [a * (how.spread / math.sqrt(in_dim)), torch.zeros(out_dim * how.rank, device="cpu")]
         self.start = torch.cat(start).to(rt.device)
         self.flat = self.start.repeat(seats, 1)
         self.square = torch.zeros_like(self.flat)
-        self.mean = torch.zeros_like(self.flat) if lesson.betas[0] else self.flat.new_zeros(seats, 1)  # else never read
+        self.mean = torch.zeros_like(self.flat) if how.betas[0] else self.flat.new_zeros(seats, 1)  # else never read
         self.steps = torch.zeros(seats, 1, device=rt.device)
         self.state = [self.flat, self.mean, self.square, self.steps]  # one row a seat
 
@@ -976,14 +910,14 @@ class DocumentAdapters:
         return dict(zip(self.names, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
     @torch.no_grad()
-    def adam(self, rows: Rows, grad: Tensor, eps: float = 1e-10) -> None:
+    def adam(self, rows: Tensor | slice, grad: Tensor, eps: float = 1e-10) -> None:
         """One Adam step for the documents in `rows`, whose gradient is `grad` (b, P), each at its own step."""
-        lesson, (beta1, beta2) = self.how.lesson, self.how.lesson.betas
+        how, (beta1, beta2) = self.how, self.how.betas
         flat, mean, square, steps = parts = [state[rows] for state in self.state]  # views, if rows is a slice
         steps += 1
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         spread = (square / (1 - beta2**steps)).sqrt_().add_(eps)
-        rate = lesson.lr / (1 - beta1**steps) * (1 + steps * self.how.chunk / 1000) ** -lesson.decay
+        rate = how.lr / (1 - beta1**steps) * (1 + steps * how.chunk / 1000) ** -how.decay
         flat.addcdiv_((mean.lerp_(grad, 1 - beta1) if beta1 else grad) * rate, spread, value=-1)
         if not isinstance(rows, slice):
             for state, part in zip(self.state, parts, strict=True):
@@ -992,17 +926,24 @@ class DocumentAdapters:
 
 # ==== Evaluation ======================================================================================================
 
-Rows = Tensor | slice  # which seats: all the first ones, without a copy, or those listed
-
 
 @dataclass(frozen=True)
 class Condition:
-    """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side."""
+    """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side.
+
+    After each chunk, the document's adapters, of `rank` numbers a row and column, on the projections whose names end in
+    `targets`, take a step of Adam on it, if there are any.
+    """
 
     chunk: int
     window: int
     batch: int
-    lesson: Lesson | None = None  # after each chunk, the document's adapters take a step on it
+    targets: tuple[str, ...] = ()
+    rank: int = 0
+    lr: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.95)
+    spread: float = 1.0
+    decay: float = 0.0
     stream: bool = False  # only the chunk is run: `Memory` stands for the tokens before it
     isolated: bool = True  # False: rows of the stream, whatever documents they cut, take the place of documents
     final: str = ""  # what the record calls this rung in a line of its own
@@ -1023,23 +964,20 @@ class Condition:
 
 
 def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
-    """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN.
-
-    How `stream` learns, and what `stream_fast` gives up for speed, was chosen on two corpora (records/NOTES.md).
-    """
+    """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN."""
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
     chunk, window, batch = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, cfg.ttt_batch_size
-    recipe = Lesson(("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr)
-    best = Lesson(cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, cfg.ttt_stream_betas, 4.0, 0.2)
-    fast = replace(best, lr=math.sqrt(2) * best.lr)  # for half as many steps
+    recipe = Condition(chunk, window, batch, ("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr)
+    learner = cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, cfg.ttt_stream_betas
+    best = Condition(cfg.ttt_stream_chunk, window, batch, *learner, 4.0, 0.2, stream=True)  # as chosen on two corpora
     return {
         "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
         "doc": Condition(window, window, batch),
         "stride": Condition(chunk, window, batch),
-        "ttt": Condition(chunk, window, batch, recipe, final="final_int8_ttt_lora"),
-        "stream_fast": Condition(2 * cfg.ttt_stream_chunk, window, batch, fast, stream=True),
-        "stream": Condition(cfg.ttt_stream_chunk, window, batch, best, stream=True, final="final_int8_ttt_stream"),
+        "ttt": replace(recipe, final="final_int8_ttt_lora"),
+        "stream_fast": replace(best, chunk=2 * best.chunk, lr=math.sqrt(2) * best.lr),  # half as many steps
+        "stream": replace(best, final="final_int8_ttt_stream"),
     }
 
 
@@ -1066,16 +1004,15 @@ class Score:
             found = f"scored {times[p]:g} times, loss {losses[p]:g}"
             raise AgreedError(f"audit coverage: position {p}: {found}; expected {due[p]:g} times and a finite loss")
         begins = np.unique(np.append(0, docs.starts))  # documents touch; before the first one there may be a rest
-        pieces = -(-np.diff(begins, append=len(times)) // size)
-        doc = np.repeat(np.arange(len(pieces)), pieces)
-        chunk = np.arange(len(doc)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        edges, doc = begins[doc] + chunk * size, doc - (len(begins) - len(docs.starts))
+        edges = np.concatenate([np.arange(*span, size) for span in itertools.pairwise([*begins, len(times)])])
+        doc = np.searchsorted(docs.starts, edges, side="right") - 1
+        start = edges - np.where(doc < 0, 0, docs.starts[doc])
         count = docs.bytes.cpu().numpy() * (times > 0)
         tokens, count = (np.add.reduceat(part, edges, dtype=np.int64) for part in (times, count))
         if not count.any():
             raise AgreedError("audit coverage: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
-        columns = dict(doc=doc, chunk=chunk, start=chunk * size, tokens=tokens, bytes=count, loss_nats=nats)
+        columns = dict(doc=doc, chunk=start // size, start=start, tokens=tokens, bytes=count, loss_nats=nats)
         return cls({name: column[tokens > 0] for name, column in columns.items()}, computed)
 
     @functools.cached_property
@@ -1104,9 +1041,8 @@ def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
         rows = [("condition", *next(iter(scores.values())).columns)]
         for name, score in scores.items():
             rows += [(name, *row) for row in zip(*(c.tolist() for c in score.columns.values()), strict=True)]
-        data = "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
-        write_atomically(path, data)
-        rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data)}")
+        write_atomically(path, data := "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
+        rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data).hexdigest()}")
 
 
 def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
@@ -1120,23 +1056,21 @@ def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 class Memory:
-    """Keys and values of at least the last W - 1 tokens of documents side by side, in every layer.
+    """Keys and values of the last W tokens of documents side by side, in every layer.
 
-    They stay as they were when their chunk was scored, without gradients, in a ring that all seats turn together, of
-    a size that does not depend on the documents. Time counts from the start of the evaluation, rotary positions from
-    that of the document, so that no rounding depends on who sat there before. A stream that learns nothing equals one
-    pass over each document under a banded mask, which is more than windows give: text older than W reaches a token
-    through the layers.
-    Source of the memory: Transformer-XL, https://arxiv.org/abs/1901.02860.
+    They stay as they were when their chunk was scored, without gradients. Time counts from the start of the evaluation,
+    rotary positions from that of the document, so that no rounding depends on who sat there before. A stream that
+    learns nothing equals one pass over each document under a banded mask, which is more than windows give: text older
+    than W reaches a token through the layers.
+    Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
     """
 
     def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
-        attn = model.blocks[0].attn
-        heads, groups = (layer.out_features // attn.head_dim for layer in (attn.c_q, attn.c_k))
-        self.how, self.now, self.base, self.share = how, 0, model.rope_base, heads // groups
-        self.size = -(-how.window // how.chunk) * how.chunk  # whole chunks, which so never wrap
-        shape = (2, seats, groups, self.size, attn.head_dim)
-        self.rings = [torch.zeros(shape, dtype=model.dtype, device=rt.device) for _ in model.blocks]
+        attn, self.how, self.now, self.base = model.blocks[0].attn, how, 0, model.rope_base
+        self.heads, self.dim = len(attn.q_gain), attn.head_dim
+        shape = seats, attn.c_k.out_features // self.dim, 0, self.dim
+        nothing = torch.zeros(shape, dtype=model.dtype, device=rt.device)
+        self.past = [(nothing, nothing)] * len(model.blocks)  # keys and values (seats, G, at most W, N) of each layer
         self.began = torch.zeros(seats, dtype=torch.int64, device=rt.device)  # when each seat's document did
 
     def reset(self, rows: Tensor) -> None:
@@ -1144,52 +1078,36 @@ class Memory:
         self.began[rows] = self.now
 
     def turn(self, rows: slice) -> None:
-        """Get ready for the next chunk of the documents in `rows`: where it goes, its rotation and what it may see."""
-        assert isinstance(rows, slice), "whoever streams takes turns together, and writes into the ring itself"
-        device, base = self.began.device, self.now - self.size
-        new = torch.arange(self.now, self.now + self.how.chunk, device=device)
-        old = base + (torch.arange(self.size, device=device) - base) % self.size  # when each entry was written
-        times = torch.cat((old, new))
+        """Get ready for the next chunk of the documents in `rows`, the first: their rotation, what they may see."""
+        keys, began = self.past[0][0], self.began[rows, None, None]
+        times = torch.arange(self.now - keys.size(2), self.now + self.how.chunk, device=began.device)
+        new = times[keys.size(2) :]
         age = new[:, None] - times
-        hidden = (age < 0) | (age >= self.how.window) | (times < self.began[rows, None, None])  # (B, C, size + C)
-        bias = torch.zeros(hidden.shape, dtype=self.rings[0].dtype, device=device).masked_fill_(hidden, -math.inf)
-        self.bias = bias[:, None].repeat(1, self.rings[0].size(2), self.share, 1).flatten(0, 1)
-        own = (new - self.began[rows, None]).flatten()
-        tables = rope_tables(own, self.rings[0].size(-1), self.base)
-        self.rope = tuple(table.view(len(hidden), 1, self.how.chunk, -1) for table in tables)
-        self.rows, begin = rows, self.now % self.size
-        self.place, self.now = slice(begin, begin + self.how.chunk), self.now + self.how.chunk
+        hidden = (age < 0) | (age >= self.how.window) | (times < began)  # (B, C, W + C)
+        bias = torch.zeros(hidden.shape, dtype=keys.dtype, device=began.device).masked_fill_(hidden, -math.inf)
+        self.bias = bias[:, None].repeat(1, keys.size(1), self.heads // keys.size(1), 1).flatten(0, 1)
+        tables = rope_tables((new - began).flatten(), self.dim, self.base)
+        self.rope = tuple(table.view(len(bias), 1, self.how.chunk, -1) for table in tables)
+        self.now += self.how.chunk
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, C, N) over the memory and the chunk itself, whose k and v (B, G, C, N) are then remembered."""
-        keys, values = (half[self.rows] for half in self.rings[layer])
-        every_key, every_value = torch.cat((keys, k), 2).flatten(0, 1), torch.cat((values, v), 2).flatten(0, 1)
-        queries = (q * q.size(-1) ** -0.5).reshape(len(every_key), -1, q.size(-1))
-        weights = torch.baddbmm(self.bias, queries, every_key.mT).softmax(-1)
-        out = torch.bmm(weights, every_value).view(q.shape)
-        keys[:, :, self.place], values[:, :, self.place] = k.detach(), v.detach()
-        return out
-
-
-@dataclass(frozen=True)
-class ChunkBatch:
-    """One chunk of each of B documents, gathered for one forward pass."""
-
-    rows: Rows  # the seats they sit in
-    ids: Tensor  # (B, T) the windows; right of its end a shorter one repeats its last token, where nothing looks
-    at: Tensor | None  # (B, S) where in its window each prediction is made; None: everywhere
-    positions: Tensor  # (B, S) and where in the stream
-    targets: Tensor  # (B, S) the tokens to predict
-    live: Tensor  # (B, S) bool, false where a row has no prediction
+        keys, values = (torch.cat((old[: len(q)], new), 2) for old, new in zip(self.past[layer], (k, v), strict=True))
+        self.past[layer] = tuple(every[:, :, -self.how.window :].detach() for every in (keys, values))
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        queries = (q * self.dim**-0.5).reshape(len(keys), -1, self.dim)
+        weights = torch.baddbmm(self.bias, queries, keys.mT).softmax(-1)
+        return torch.bmm(weights, values).view(q.shape)
 
 
 def gather_chunk(
     tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, how: Condition, rt: Runtime
-) -> ChunkBatch:
-    """Windows of chunks that begin `places` tokens into the documents at `starts`, which have `left` predictions more.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """(ids (B, T), targets (B, S), where in the window they are predicted, where in the stream, whether they exist).
 
-    A chunk is of C predictions or all that are left; they are made inside the window of inputs [max(0, end - W), end),
-    where end is the chunk's end, or, when streaming, inside the chunk alone.
+    Chunks begin `places` tokens into the documents at `starts`, which have `left` predictions more, and are of C
+    predictions or all that are left. The window of inputs is [max(0, end - W), end), where end is the chunk's end, or,
+    when streaming, the chunk alone; right of its end a shorter one repeats its last token, where nothing looks.
     """
     ends = places + np.minimum(left, how.chunk)
     begins = places if how.stream else np.maximum(ends - how.window, 0)
@@ -1199,27 +1117,29 @@ def gather_chunk(
     ids = tokens[start + torch.minimum(begin + torch.arange(longest, device=rt.device), end - 1)].long()
     place = place + torch.arange(widest, device=rt.device)
     live, place = place < end, torch.minimum(place, end - 1)
-    positions, at = start + place, None if (begins == places).all() else place - begin
-    return ChunkBatch(slice(None), ids, at, positions, tokens[positions + 1].long(), live)
+    at = None if (begins == places).all() else place - begin  # None: everywhere
+    return ids, tokens[start + place + 1].long(), at, start + place, live
 
 
 def score_then_learn(
-    model: GPT, batch: ChunkBatch, adapters: DocumentAdapters | None, memory: Memory | None, learn: bool
+    model: GPT, chunk: tuple, rows: Tensor | slice, adapters: Any, memory: Any, learn: bool
 ) -> Tensor:
     """Losses (B, S) of a chunk under the adapters as they are; only then, if `learn`, one step on those same tokens.
 
     This order is the law of the game, and this is the only place that learns: the score of a token must come from a
-    state that has never seen it. The returned losses belong to the forward pass that ran before the update.
+    state that has never seen it. The returned losses belong to the forward pass that ran before the update. `rows` are
+    the seats of the batch: all the first ones, as a slice, or those listed.
     """
+    ids, targets, at, _, live = chunk
     with torch.set_grad_enabled(learn):
-        flat = adapters.flat[batch.rows].detach().requires_grad_(learn) if adapters else None
+        flat = adapters.flat[rows].detach().requires_grad_(learn) if adapters else None
         if memory:
-            memory.turn(batch.rows)
-        losses = model(batch.ids, batch.targets, batch.at, adapters.pairs(flat) if adapters else NO_LORA, memory)
+            memory.turn(rows)
+        losses = model(ids, targets, at, adapters.pairs(flat) if adapters else NO_LORA, memory)
         if learn:
             # The sum keeps documents apart: no document's mean loss reaches another's row of `flat`.
-            mean_losses = (losses * batch.live).sum(1) / batch.live.sum(1)
-            adapters.adam(batch.rows, torch.autograd.grad(mean_losses.sum(), flat)[0])
+            mean_losses = (losses * live).sum(1) / live.sum(1)
+            adapters.adam(rows, torch.autograd.grad(mean_losses.sum(), flat)[0])
     return losses.detach()
 
 
@@ -1229,27 +1149,25 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
     Every seat gets its `documents` in advance, the longest to the one that is free first: nobody waits for the longest
     of all, and what a seat owns never has to move.
     """
-    lanes = sorted((documents[share] for share in share_documents(chunks[documents], seats)),
-                   key=lambda lane: -chunks[lane].sum())  # fmt: skip
-    queue = np.concatenate([documents[:0], *lanes])
-    begins = np.concatenate([queue[:0], *(np.cumsum(chunks[lane]) - chunks[lane] for lane in lanes)])
-    document, number = np.repeat(queue, chunks[queue]), np.arange(chunks[queue].sum())
-    number -= np.repeat(np.cumsum(chunks[queue]) - chunks[queue], chunks[queue])
-    turn = np.repeat(begins, chunks[queue]) + number
-    order, ends = np.argsort(turn, kind="stable"), np.cumsum(np.bincount(turn))
-    for begin, end in zip(np.append(0, ends[:-1]), ends, strict=False):
-        yield document[order[begin:end]], number[order[begin:end]]
+    lanes = [documents[share] for share in share_documents(chunks[documents], seats)]
+    lanes = sorted((np.repeat(lane, chunks[lane]) for lane in lanes), key=len, reverse=True)
+    plan, done = np.full((max(map(len, lanes), default=0), seats), -1), np.zeros_like(chunks)
+    for seat, lane in enumerate(lanes):
+        plan[: len(lane), seat] = lane
+    for turn in plan:
+        taken = turn[turn >= 0]
+        yield taken, done[taken]
+        done[taken] += 1
 
 
 def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool]]:
     """Rows whose windows run together, and whether they are learned from: a document's last chunk teaches nobody.
 
-    Chunks begin `places` tokens into their documents, which have `left` predictions more. Windows that teach are of
-    equal length, the others within 5 %, whatever the documents. A stream is one group, in which a last chunk may be
-    learned from, too; what it taught is forgotten unheard.
+    Windows that teach are of equal length, the others within 5 %, whatever the documents. A stream is one group, in
+    which a last chunk may be learned from, too; what it taught is forgotten unheard.
     """
     inputs = np.minimum(places + np.minimum(left, how.chunk), how.window)
-    more = (left > how.chunk) & (how.lesson is not None)
+    more = (left > how.chunk) & bool(how.targets)
     shapes = np.where(more, inputs, -1 - np.log(inputs) // math.log(1.05))
     if how.stream:
         shapes = np.full_like(shapes, more.any())
@@ -1260,7 +1178,7 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
 def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> tuple[Tensor, int]:
     """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens.
 
-    With a lesson, each document owns adapters that take one Adam step after each chunk that another one follows.
+    With targets, each document owns adapters that take one Adam step after each chunk that another one follows.
     Documents are shared over the ranks by work, longest first, and run side by side as `plan_seats` has it. Returns the
     `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
     """
@@ -1268,7 +1186,7 @@ def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Ru
     chunks = -(-predictions // how.chunk)
     mine = share_documents(how.work(predictions), rt.world)[rt.rank]
     model, seats = frozen(model), min(how.batch, len(mine))
-    adapters = DocumentAdapters(model, how, seats, cfg.seed, rt) if how.lesson else None
+    adapters = DocumentAdapters(model, how, seats, cfg.seed, rt) if how.targets else None
     memory = Memory(model, how, seats, rt) if how.stream else None
     ledger, computed = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
     with rt.progress(int(chunks[mine].sum()), "evaluating") as bar:
@@ -1279,12 +1197,13 @@ def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Ru
             places = numbers * how.chunk
             left = predictions[documents] - places
             for rows, learn in group_windows(left, places, how):
-                batch = gather_chunk(docs.tokens, starts[documents[rows]], left[rows], places[rows], how, rt)
-                batch = replace(batch, rows=rt.upload(rows) if len(rows) < len(documents) else slice(len(rows)))
-                losses = score_then_learn(model, batch, adapters, memory, learn)
-                entry = torch.stack((losses, torch.ones_like(losses))) * batch.live
-                ledger.index_add_(1, batch.positions.flatten(), entry.flatten(1))
-                computed += batch.ids.numel()
+                chunk = gather_chunk(docs.tokens, starts[documents[rows]], left[rows], places[rows], how, rt)
+                seated = rt.upload(rows) if len(rows) < len(documents) else slice(len(rows))
+                losses = score_then_learn(model, chunk, seated, adapters, memory, learn)
+                ids, _, _, positions, live = chunk
+                entry = torch.stack((losses, torch.ones_like(losses))) * live
+                ledger.index_add_(1, positions.flatten(), entry.flatten(1))
+                computed += ids.numel()
             if bar.update(len(documents)):  # only when just redrawn, so that the device is seldom asked
                 bits, count = ledger[0].sum().item() / math.log(2), (ledger[1] * docs.bytes).sum().item()
                 bar.set_postfix_str(f"bpb:{bits / count:.4f}", refresh=False)
@@ -1410,8 +1329,7 @@ class Trainer:
         self.rt.average(grads)
         if cfg.grad_clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip_norm)
-        scale = lr_scale(self.step, self.elapsed_ms, cfg)
-        self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(self.step, cfg)
+        scale, self.optimizers[0].param_groups[0]["momentum"] = schedule(self.step, self.elapsed_ms, cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
@@ -1482,18 +1400,8 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
 # ==== Main: the order of events =======================================================================================
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads, checked before anything is compiled or trained."""
-
-    cfg: Config  # with the model shape of MODEL_PATH, where that is given
-    weights: dict[str, Tensor] | None
-    stream: TokenStream  # empty under EVAL_ONLY
-    docs: Documents
-
-
-def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
-    """Read and check weights, tokenizer and shards. `UserError` for the first thing that is wrong."""
+def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | None, TokenStream, Documents]:
+    """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents). `UserError` for what is wrong there."""
     weights = read_weights(cfg.model_path) if cfg.model_path else None
     if weights is not None:
         cfg = shape_from_weights(weights, cfg, cfg.model_path)
@@ -1506,20 +1414,24 @@ def load_inputs(cfg: Config, rt: Runtime) -> Inputs:
             raise UserError(f"{cfg.data_path}: token id {top}, expected ids below {most}; take its own tokenizer")
     table = ByteTable.build(tokenizer)
     docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
-    rt.log(f"sha256 tokenizer:{sha256(Path(cfg.tokenizer_path).read_bytes())}")
+    rt.log(f"sha256 tokenizer:{sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()}")
     for path in (Path(shard.filename) for shard in shards):
-        rt.log(f"sha256 val:{sha256(path.read_bytes())} {path.name}")
+        rt.log(f"sha256 val:{sha256(path.read_bytes()).hexdigest()} {path.name}")
     audit_bytes(docs, table, tokenizer, rt)
-    return Inputs(cfg, weights, TokenStream(train), docs)
+    return cfg, weights, TokenStream(train), docs
 
 
-def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
+def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
-    cfg, docs, scores, rungs = inputs.cfg, inputs.docs, {}, ladder(inputs.docs, inputs.cfg, rt)
+    scores, rungs = {}, ladder(docs, cfg, rt)
     rt.together(lambda: load_weights(model, read_weights(path), path))
-    report_artifact(path, rt)
+    blob = path.read_bytes()
+    headroom = SUBMISSION_BUDGET - len(blob) - len(source_code().encode())
+    rt.log(f"sha256 artifact:{sha256(blob).hexdigest()} {path.name}")
+    verdict = "PASS" if headroom >= 0 else "FAIL"
+    rt.log(f"submission_size:{SUBMISSION_BUDGET - headroom} budget:{SUBMISSION_BUDGET} headroom:{headroom} {verdict}")
     for name, how in ((name, rungs[name]) for name in cfg.eval):
-        if how.lesson or name == cfg.eval[-1]:
+        if how.targets or name == cfg.eval[-1]:
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
             rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
@@ -1544,25 +1456,24 @@ def score_artifact(model: GPT, path: Path, inputs: Inputs, rt: Runtime) -> None:
 
 def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
-    inputs = rt.together(lambda: load_inputs(cfg, rt))
-    cfg, docs = inputs.cfg, inputs.docs
+    cfg, weights, stream, docs = rt.together(lambda: load_inputs(cfg, rt))
     rt.log(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()} documents_of_one_token:{docs.short}")
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.dtype).to(rt.device)
-    if inputs.weights is not None:
-        rt.together(lambda: load_weights(model, inputs.weights, cfg.model_path))
+    if weights is not None:
+        rt.together(lambda: load_weights(model, weights, cfg.model_path))
     names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
     shape = " ".join(f"{name}:{getattr(cfg, name)}" for name in names)
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")
     artifact, flat = Path(cfg.model_path), ladder(docs, cfg, rt)["flat"]
     if not cfg.eval_only:
-        trainer = Trainer(model, compile_forward(model, cfg, rt), inputs.stream, cfg, rt)
+        trainer = Trainer(model, compile_forward(model, cfg, rt), stream, cfg, rt)
         train(trainer, lambda: evaluate(model, docs, flat, cfg, rt))
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
         artifact = rt.together(lambda: export(model, cfg, rt))
     if not cfg.eval_only:
         trainer.report(str(evaluate(model, docs, flat, cfg, rt)))
-    score_artifact(model, artifact, inputs, rt)
+    score_artifact(model, artifact, docs, cfg, rt)
 
 
 def main() -> int:

@@ -49,10 +49,10 @@ class Bench:
         cfg = tg.read_config(env)
         with tempfile.TemporaryDirectory() as folder:  # for a log that nobody reads
             rt = replace(tg.Runtime.create(replace(cfg, out_dir=folder), {}), log_path=None)
-        inputs = tg.load_inputs(cfg, rt)
-        model = tg.GPT(inputs.cfg, rt.dtype)
-        tg.load_weights(model, inputs.weights, artifact)
-        return cls(model, inputs.docs, inputs.cfg, rt)
+        cfg, weights, _, documents = tg.load_inputs(cfg, rt)
+        model = tg.GPT(cfg, rt.dtype)
+        tg.load_weights(model, weights, artifact)
+        return cls(model, documents, cfg, rt)
 
     def condition(self, name: str) -> tg.Condition:
         return tg.ladder(self.docs, self.cfg, self.rt)["ttt" if name == "naive" else name]
@@ -75,7 +75,7 @@ def naive_ledger(
     for batch in np.split(order, range(how.batch, len(order), how.batch)):
         start = tg.DocumentAdapters(model, how, len(batch), cfg.seed, rt)
         flat = torch.nn.Parameter(start.flat.clone())
-        adam = torch.optim.Adam([flat], how.lesson.lr, how.lesson.betas, 1e-10)
+        adam = torch.optim.Adam([flat], how.lr, how.betas, 1e-10)
         predictions, chunks = docs.predictions[batch], -(-docs.predictions[batch] // how.chunk)
         for c in range(chunks.max()):
             ids = torch.zeros(len(batch), min((c + 1) * how.chunk, how.window), dtype=torch.int64)
@@ -219,15 +219,15 @@ def scaling(bench: Bench, total: int, longest_ones: tuple = LONGEST, counts: tup
 def settings(bench: Bench) -> dict[str, tg.Condition]:
     """What the frontier is drawn from: the rungs of the ladder, and the stream with one thing or another changed."""
     best = bench.condition("stream")
-    chunks = {c: replace(best, chunk=c, lesson=replace(best.lesson, lr=best.lesson.lr * (c / best.chunk) ** 0.5))
+    chunks = {c: replace(best, chunk=c, lr=best.lr * (c / best.chunk) ** 0.5)
               for c in (16, 32, 256)}  # fmt: skip
     lessons = {
         "head alone": {"targets": ("lm_head",)}, "MLP and head": {"targets": ("fc", "mlp.proj", "lm_head")},
         "all projections": {"targets": tg.TARGETS}, "rank 8": {"rank": 8}, "spread 1": {"spread": 1.0},
-        "half the rate": {"lr": best.lesson.lr / 2}, "twice the rate": {"lr": best.lesson.lr * 2},
+        "half the rate": {"lr": best.lr / 2}, "twice the rate": {"lr": best.lr * 2},
         "beta1 0.9": {"betas": (0.9, 0.99)}, "beta2 0.999": {"betas": (0.0, 0.999)},
     }  # fmt: skip
-    changed = {f"stream, {label}": replace(best, lesson=replace(best.lesson, **change))
+    changed = {f"stream, {label}": replace(best, **change)
                for label, change in lessons.items()}  # fmt: skip
     rungs = {name: bench.condition(name) for name in ("stride", "ttt", "stream_fast", "stream")}
     return rungs | {f"stream, chunk {c}": how for c, how in chunks.items()} | changed

@@ -79,9 +79,10 @@ def tiny_config(**settings):
 
 
 def tiny_condition(cfg, learn=True, stream=False, **settings):
-    """Chunks of 8 in windows of 24, the recipe's lesson or none, with or without a memory in place of windows."""
-    lesson = tg.Lesson(("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr) if learn else None
-    return replace(tg.Condition(8, 24, cfg.ttt_batch_size, lesson, stream), **settings)
+    """Chunks of 8 in windows of 24, the recipe's adapters or none, with or without a memory in place of windows."""
+    targets = ("c_q", "c_v", "lm_head") if learn else ()
+    how = tg.Condition(8, 24, cfg.ttt_batch_size, targets, cfg.ttt_lora_rank, cfg.ttt_lora_lr, stream=stream)
+    return replace(how, **settings)
 
 
 def tiny_model(cfg, rt, seed=0):

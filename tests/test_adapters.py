@@ -10,7 +10,7 @@ import train_gpt as tg
 
 
 def random_adapters(model, cfg, rt, documents, targets=tg.TARGETS):
-    how = tiny_condition(cfg, lesson=tg.Lesson(targets, cfg.ttt_lora_rank, cfg.ttt_lora_lr))
+    how = tiny_condition(cfg, targets=targets)
     adapters = tg.DocumentAdapters(model, how, documents, cfg.seed, rt)
     torch.manual_seed(5)
     adapters.flat.copy_(0.2 * torch.randn_like(adapters.flat))
@@ -94,7 +94,7 @@ def test_every_document_starts_from_the_same_seeded_draw(rt):
 def test_batched_adam_equals_torch_adam_per_document(rt, betas, seated):
     """Three documents at different steps, some of which rest now and then, against one torch optimizer for each."""
     cfg = tiny_config(ttt_lora_lr=0.03)
-    model, how = tiny_model(cfg, rt), tiny_condition(cfg, lesson=tg.Lesson(("c_q", "lm_head"), 2, 0.03, betas))
+    model, how = tiny_model(cfg, rt), tiny_condition(cfg, targets=("c_q", "lm_head"), betas=betas)
     adapters = tg.DocumentAdapters(model, how, 3, cfg.seed, rt)
     ours = [torch.nn.Parameter(adapters.start.clone()) for _ in range(3)]
     adams = [torch.optim.Adam([p], lr=0.03, betas=betas, eps=1e-10) for p in ours]
@@ -120,7 +120,7 @@ def test_the_rate_falls_over_a_document(rt):
     cfg = tiny_config()
     model, moved = tiny_model(cfg, rt), {}
     for decay in (0.0, 0.5):
-        how = tiny_condition(cfg, chunk=500, lesson=tg.Lesson(("fc",), 2, 0.01, (0.0, 0.99), decay=decay))
+        how = tiny_condition(cfg, chunk=500, targets=("fc",), betas=(0.0, 0.99), decay=decay)
         adapters = tg.DocumentAdapters(model, how, 1, cfg.seed, rt)
         places = [adapters.flat.clone()]
         for _ in range(3):
@@ -135,7 +135,7 @@ def test_the_rate_falls_over_a_document(rt):
 def test_targets_name_the_adapted_projections(rt, targets):
     cfg = tiny_config(num_layers=2)
     model = tiny_model(cfg, rt)
-    how = tiny_condition(cfg, lesson=tg.Lesson(targets, 4, 0.01, spread=3.0))
+    how = tiny_condition(cfg, targets=targets, rank=4, spread=3.0)
     adapters = tg.DocumentAdapters(model, how, 1, cfg.seed, rt)
     inside = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj",
                                                                   "mlp.fc", "mlp.proj")]  # fmt: skip

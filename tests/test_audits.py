@@ -179,12 +179,13 @@ def test_few_and_short_documents_pass(rt, lengths, compared):
     assert found == f"documents:{len(lengths)} compared:{compared}"
 
 
-def learn_then_score(model, batch, adapters, memory, learn):
+def learn_then_score(model, chunk, rows, adapters, memory, learn):
     if learn:
-        tg_score_then_learn(model, batch, adapters, memory, learn)
+        past, now = (list(memory.past), memory.now) if memory else (None, None)
+        tg_score_then_learn(model, chunk, rows, adapters, memory, learn)
         if memory:
-            memory.now -= memory.how.chunk
-    return tg_score_then_learn(model, batch, adapters, memory, False)
+            memory.past, memory.now = past, now
+    return tg_score_then_learn(model, chunk, rows, adapters, memory, False)
 
 
 tg_score_then_learn = tg.score_then_learn
@@ -207,19 +208,19 @@ def remember_for_ever(self, *arguments):
 tg_init = tg.DocumentAdapters.__init__
 
 
-def learn_for_good(model, batch, adapters, memory, learn):
-    losses = tg_score_then_learn(model, batch, adapters, memory, learn)
-    if learn:
+def learn_for_good(*arguments):
+    losses, model = tg_score_then_learn(*arguments), arguments[0]
+    if arguments[-1]:
         model.blocks[0].q_gain = model.blocks[0].attn.q_gain.mul_(1 + 1e-3 * float(losses.mean()))
     return losses
 
 
 def look_ahead_in_slid_windows(tokens, starts, left, places, how, rt):
     """Windows that no longer begin with their document show each prediction what follows its target."""
-    batch = tg_gather_chunk(tokens, starts, left, places, how, rt)
+    ids, targets, at, positions, live = tg_gather_chunk(tokens, starts, left, places, how, rt)
     slid = torch.from_numpy(places + np.minimum(left, how.chunk) > how.window)[:, None]
-    at = torch.arange(batch.targets.shape[1]).expand_as(batch.targets) if batch.at is None else batch.at
-    return replace(batch, at=(at + 2 * slid).clamp(max=batch.ids.shape[1] - 1))
+    at = torch.arange(targets.shape[1]).expand_as(targets) if at is None else at
+    return ids, targets, (at + 2 * slid).clamp(max=ids.shape[1] - 1), positions, live
 
 
 tg_gather_chunk = tg.gather_chunk
@@ -242,7 +243,7 @@ def normalise_over_the_batch(x):
 
 def see_the_future_of_the_chunk(self, rows):
     tg_turn(self, rows)
-    self.bias[:, :, self.size :] = 0
+    self.bias[:, :, -self.how.chunk :] = 0
 
 
 def see_what_others_left(self, rows):
@@ -256,8 +257,7 @@ tg_turn = tg.Memory.turn
 
 def share_the_past(self, layer, q, k, v):
     """Every document reads what the one in the last seat remembers."""
-    for half in self.rings[layer]:
-        half.copy_(half[-1:].clone().expand_as(half))
+    self.past[layer] = tuple(half[-1:].expand_as(half) for half in self.past[layer])
     return tg_attend(self, layer, q, k, v)
 
 
@@ -318,7 +318,7 @@ def test_noise_of_kernels_is_allowed_for_where_there_is_any(scored, rt, monkeypa
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 def test_scores_that_are_no_numbers_do_not_pass(scored, rt, monkeypatch, fill):
     model, docs, cfg = scored
-    monkeypatch.setattr(tg, "score_then_learn", lambda model, batch, *_: torch.full(batch.targets.shape, fill))
+    monkeypatch.setattr(tg, "score_then_learn", lambda model, chunk, *_: torch.full(chunk[1].shape, fill))
     with pytest.raises(tg.UserError, match="audit causality"):
         tg.audit_causality(model, docs, HOW, cfg, rt)
 
@@ -326,7 +326,8 @@ def test_scores_that_are_no_numbers_do_not_pass(scored, rt, monkeypatch, fill):
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_run_that_learns_before_it_scores_stops(tmp_path, ranks):
     old = "    return losses.detach()\n"
-    new = "        if learn:\n            losses = score_then_learn(model, batch, adapters, memory, False)\n" + old
+    again = "losses = score_then_learn(model, chunk, rows, adapters, memory, False)"
+    new = f"        if learn:\n            {again}\n{old}"
     done = run_script(tmp_path, ranks, changed_script(tmp_path, old, new), **EVAL_ARTIFACT)
     assert refusal(done).startswith("error: audit causality: ")
     assert "condition:flat" in done.stdout and "condition:ttt" not in done.stdout
@@ -439,12 +440,14 @@ def test_weights_that_are_not_finite_are_never_exported(tmp_path):
 
 
 def test_an_artifact_over_budget_fails(rt, tmp_path, monkeypatch, capsys):
+    cfg = tiny_config(out_dir=str(tmp_path), eval=())
+    model = tiny_model(cfg, rt)
     rt.log_path = tmp_path / "log.txt"
-    (tmp_path / "model.int8.ptz").write_bytes(bytes(1000))
-    size = 1000 + len(tg.source_code().encode())
+    path = tg.export(model, cfg, rt)
+    size = path.stat().st_size + len(tg.source_code().encode())
     for budget, verdict in ((size, "PASS"), (size - 1, "FAIL")):
         monkeypatch.setattr(tg, "SUBMISSION_BUDGET", budget)
-        tg.report_artifact(tmp_path / "model.int8.ptz", rt)
+        tg.score_artifact(model, path, tiny_documents([9]), cfg, rt)
         line = f"submission_size:{size} budget:{budget} headroom:{budget - size} {verdict}"
         assert capsys.readouterr().out.splitlines()[-1] == line
 

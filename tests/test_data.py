@@ -129,7 +129,7 @@ def test_validation_ids_are_checked_to_the_last_token(rt, tmp_path):
 
 
 def test_training_ids_are_checked_to_the_last_shard(rt, tmp_path):
-    assert load(rt, tmp_path, [1, 5] * 500, train=[1, 1023]).stream.read(150, 2).tolist() == [1, 1023]
+    assert load(rt, tmp_path, [1, 5] * 500, train=[1, 1023])[2].read(150, 2).tolist() == [1, 1023]
     with pytest.raises(tg.UserError, match="token id 1024, expected ids below 1024"):
         load(rt, tmp_path, [1, 5] * 500, train=[1, 1024])
 
@@ -138,6 +138,6 @@ def test_eval_only_needs_no_training_shards(rt, tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5] * 150)
     artifact = str(CONFORMANCE / "final_model.int8.ptz")
     env = {"MAX_VAL_DOCS": "0", "DATA_PATH": str(tmp_path), "EVAL_ONLY": "1", "MODEL_PATH": artifact}
-    assert tg.load_inputs(tg.read_config(TINY_RUN | env), rt).stream.shards == []
+    assert tg.load_inputs(tg.read_config(TINY_RUN | env), rt)[2].shards == []
     with pytest.raises(tg.UserError, match="found no fineweb_train"):
         tg.load_inputs(tg.read_config(TINY_RUN | env | {"EVAL_ONLY": "0"}), rt)

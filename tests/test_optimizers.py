@@ -115,20 +115,20 @@ def test_a_forgotten_parameter_is_noticed(rt):
 
 def test_schedule_without_a_cap():
     cfg = tiny_config(iterations=100, warmdown_iters=40, max_wallclock_seconds=0.0)
-    assert [tg.lr_scale(step, 1e9, cfg) for step in (0, 60, 80, 99, 100)] == pytest.approx([1, 1, 0.5, 0.025, 0])
-    assert tg.lr_scale(50, 0, tiny_config(warmdown_iters=0, max_wallclock_seconds=10.0)) == 1
+    assert [tg.schedule(step, 1e9, cfg)[0] for step in (0, 60, 80, 99, 100)] == pytest.approx([1, 1, 0.5, 0.025, 0])
+    assert tg.schedule(50, 0, tiny_config(warmdown_iters=0, max_wallclock_seconds=10.0))[0] == 1
 
 
 def test_schedule_under_a_cap():
     """100 s at 1 s a step: the last 20 steps fall linearly; a slower pace starts earlier."""
     cfg = tiny_config(iterations=10**6, warmdown_iters=20, max_wallclock_seconds=100.0)
-    assert [tg.lr_scale(s, 1000.0 * s, cfg) for s in (1, 79, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
-    assert tg.lr_scale(30, 60_000, cfg) == pytest.approx(1)
-    assert tg.lr_scale(35, 70_000, cfg) == pytest.approx(30 / 40)
-    assert tg.lr_scale(0, 0, cfg) == 1
+    assert [tg.schedule(s, 1000.0 * s, cfg)[0] for s in (1, 79, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
+    assert tg.schedule(30, 60_000, cfg)[0] == pytest.approx(1)
+    assert tg.schedule(35, 70_000, cfg)[0] == pytest.approx(30 / 40)
+    assert tg.schedule(0, 0, cfg)[0] == 1
 
 
 def test_momentum_warms_up():
     cfg = tiny_config()
-    assert [tg.muon_momentum(s, cfg) for s in (0, 250, 500, 9999)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
-    assert tg.muon_momentum(0, tiny_config(muon_momentum_warmup_steps=0)) == 0.95
+    assert [tg.schedule(s, 0, cfg)[1] for s in (0, 250, 500, 9999)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert tg.schedule(0, 0, tiny_config(muon_momentum_warmup_steps=0))[1] == 0.95

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_ladder_and_its_audits(runs, ranks):
     # Chunks of 64 in windows of 128: four chunks cut in the third, two chunks cut in the first.
     assert re.findall(r"^audit causality: .*(?= time:\d+ms PASS$)", done.stdout, re.M) == [
         f"audit causality: condition:ttt documents:3 compared:{64 + 64 + 32 + 32}"]  # fmt: skip
-    digest = {name: tg.sha256(path.read_bytes()) for name, path in [
+    digest = {name: sha256(path.read_bytes()).hexdigest() for name, path in [
         ("script", ROOT / "train_gpt.py"), ("tokenizer", CONFORMANCE / "tokenizer.model"),
         ("val", CONFORMANCE / "fineweb_val_000000.bin"), ("artifact", folder / "final_model.int8.ptz")]}  # fmt: skip
     assert dict(re.findall(r"^sha256 (\w+):(\w{64})", done.stdout, re.M)) == digest
@@ -120,7 +121,7 @@ def test_scores_file_adds_up_to_the_printed_totals(runs, ranks):
         nats = math.fsum(float(row["loss_nats"]) for row in mine)
         assert (str(tokens), str(size)) == (rung["tokens"], rung["bytes"])
         assert (f"{nats / tokens:.6f}", f"{nats / math.log(2) / size:.6f}") == (rung["val_loss"], rung["val_bpb"])
-    assert f"scores:{path} rows:{len(rows)} sha256:{tg.sha256(path.read_bytes())}" in done.stdout.splitlines()
+    assert f"scores:{path} rows:{len(rows)} sha256:{sha256(path.read_bytes()).hexdigest()}" in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("names", ["flat", "stride,doc", "ttt"])
