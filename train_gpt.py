@@ -11,7 +11,6 @@ disk under the conditions that EVAL names; under `ttt` every document teaches it
 lines are checks that stop the run when they fail.
 
 Contents, in reading order; each band leans only on those above it:
-
     config        what can be set, and the reader that refuses what it cannot use
     runtime       the one place that knows devices, ranks, clocks and log files
     byte metric   the UTF-8 bytes that a token stands for
@@ -26,7 +25,7 @@ Contents, in reading order; each band leans only on those above it:
     main          the order of events
 
 Shapes: B rows (sequences or documents), T tokens of input, S scored positions, D model dim, H heads, N head dim,
-R adapter rank, V vocabulary, P adapter numbers of one document. Losses are in nats.
+R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats.
 """
 
 from __future__ import annotations
@@ -290,11 +289,13 @@ class Runtime:
         launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
         rule, versions = "=" * 100, f"numpy:{np.__version__} sentencepiece:{sentencepiece.__version__}"
         head = [source_code(), rule, f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}"]
-        cpu = re.search(r"model name\s*:\s*(.+)", info.read_text() if (info := Path("/proc/cpuinfo")).exists() else "")
-        cpu = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        gpu = self.device.type == "cuda" and f"{torch.cuda.get_device_name(self.device)}, CUDA {torch.version.cuda}"
-        head += [f"{torch.cuda.device_count()} x {gpu}" if gpu else cpu, rule]
-        head += [time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
+        info = Path("/proc/cpuinfo")
+        cpu = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+        device = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            device = f"{torch.cuda.device_count()} x {name}, CUDA {torch.version.cuda}"
+        head += [device, rule, time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
         head += [" ".join(["command:", *given, launcher, "train_gpt.py"])]
         head += ["config: " + " ".join(f"{name}={value}" for name, value in settings.items())]
         head += [f"versions: python:{platform.python_version()} torch:{torch.__version__} {versions}"]
@@ -586,7 +587,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init, dtype=torch.float32, device="cpu"))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, adapters: Adapters, attention: Callable) -> Tensor:
-        """(B, T, D) -> (B, T, D), in the dtype of x. `attention` mixes values by queries and keys."""
+        """(B, T, D) -> the same, in its dtype; cos, sin (T, N) or (B, 1, T, N). `attention` mixes values by q and k."""
         q, k, v = (proj(x, adapters) for proj in (self.c_q, self.c_k, self.c_v))
         qk, v = (t.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for t in (torch.cat((q, k), -1), v))
         gain = F.pad(self.q_gain, (0, v.size(1)), value=1.0)[:, None, None]  # keys have none
@@ -872,6 +873,42 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> N
 # ==== Adapters: a low-rank correction per document, and its optimizer =================================================
 
 
+@dataclass(frozen=True)
+class Condition:
+    """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side.
+
+    With `targets`, each document owns adapters of `rank` on the projections whose names end so; after each chunk they
+    take a step of Adam on it, as `DocumentAdapters` says.
+    """
+
+    chunk: int
+    window: int
+    batch: int
+    targets: tuple[str, ...] = ()
+    rank: int = 0
+    lr: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.95)
+    spread: float = 1.0
+    decay: float = 0.0
+    stream: bool = False  # only the chunk is run: `Memory` stands for the tokens before it
+    isolated: bool = True  # False: rows of the stream, whatever documents they cut, take the place of documents
+    final: str = ""  # what the record calls this rung in a line of its own
+
+    def spans(self, docs: Documents) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, predictions) of what is scored by itself: the documents, or the whole rows of the stream."""
+        rows = (len(docs.tokens) - 1) // self.chunk
+        alone = np.arange(rows) * self.chunk, np.full(rows, self.chunk)
+        return (docs.starts, docs.predictions) if self.isolated else alone
+
+    def work(self, predictions: np.ndarray) -> np.ndarray:
+        """Positions that must be computed to score documents of so many predictions: the inputs of all windows."""
+        full = predictions // self.chunk
+        growing = np.minimum(full, self.window // self.chunk)  # chunks whose window still begins with the document
+        inputs = self.chunk * growing * (growing + 1) // 2 + (full - growing) * self.window
+        inputs += np.minimum(predictions, self.window) * (predictions % self.chunk > 0)
+        return predictions if self.stream else inputs
+
+
 class DocumentAdapters:
     """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says.
 
@@ -927,42 +964,6 @@ class DocumentAdapters:
 # ==== Evaluation ======================================================================================================
 
 
-@dataclass(frozen=True)
-class Condition:
-    """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side.
-
-    After each chunk, the document's adapters, of `rank` numbers a row and column, on the projections whose names end in
-    `targets`, take a step of Adam on it, if there are any.
-    """
-
-    chunk: int
-    window: int
-    batch: int
-    targets: tuple[str, ...] = ()
-    rank: int = 0
-    lr: float = 0.0
-    betas: tuple[float, ...] = (0.9, 0.95)
-    spread: float = 1.0
-    decay: float = 0.0
-    stream: bool = False  # only the chunk is run: `Memory` stands for the tokens before it
-    isolated: bool = True  # False: rows of the stream, whatever documents they cut, take the place of documents
-    final: str = ""  # what the record calls this rung in a line of its own
-
-    def spans(self, docs: Documents) -> tuple[np.ndarray, np.ndarray]:
-        """(starts, predictions) of what is scored by itself: the documents, or the whole rows of the stream."""
-        rows = (len(docs.tokens) - 1) // self.chunk
-        alone = np.arange(rows) * self.chunk, np.full(rows, self.chunk)
-        return (docs.starts, docs.predictions) if self.isolated else alone
-
-    def work(self, predictions: np.ndarray) -> np.ndarray:
-        """Positions that must be computed to score documents of so many predictions: the inputs of all windows."""
-        full = predictions // self.chunk
-        growing = np.minimum(full, self.window // self.chunk)  # chunks whose window still begins with the document
-        inputs = self.chunk * growing * (growing + 1) // 2 + (full - growing) * self.window
-        inputs += np.minimum(predictions, self.window) * (predictions % self.chunk > 0)
-        return predictions if self.stream else inputs
-
-
 def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN."""
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)
@@ -1006,7 +1007,7 @@ class Score:
         begins = np.unique(np.append(0, docs.starts))  # documents touch; before the first one there may be a rest
         edges = np.concatenate([np.arange(*span, size) for span in itertools.pairwise([*begins, len(times)])])
         doc = np.searchsorted(docs.starts, edges, side="right") - 1
-        start = edges - np.where(doc < 0, 0, docs.starts[doc])
+        start = edges - begins[np.searchsorted(begins, edges, side="right") - 1]
         count = docs.bytes.cpu().numpy() * (times > 0)
         tokens, count = (np.add.reduceat(part, edges, dtype=np.int64) for part in (times, count))
         if not count.any():
@@ -1061,16 +1062,15 @@ class Memory:
     They stay as they were when their chunk was scored, without gradients. Time counts from the start of the evaluation,
     rotary positions from that of the document, so that no rounding depends on who sat there before. A stream that
     learns nothing equals one pass over each document under a banded mask, which is more than windows give: text older
-    than W reaches a token through the layers.
-    Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
+    than W reaches a token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
     """
 
     def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
         attn, self.how, self.now, self.base = model.blocks[0].attn, how, 0, model.rope_base
         self.heads, self.dim = len(attn.q_gain), attn.head_dim
-        shape = seats, attn.c_k.out_features // self.dim, 0, self.dim
+        shape = seats, attn.c_k.out_features // self.dim, how.window, self.dim
         nothing = torch.zeros(shape, dtype=model.dtype, device=rt.device)
-        self.past = [(nothing, nothing)] * len(model.blocks)  # keys and values (seats, G, at most W, N) of each layer
+        self.past = [(nothing, nothing)] * len(model.blocks)  # keys and values (seats, G, W, N) of each layer
         self.began = torch.zeros(seats, dtype=torch.int64, device=rt.device)  # when each seat's document did
 
     def reset(self, rows: Tensor) -> None:
@@ -1078,10 +1078,10 @@ class Memory:
         self.began[rows] = self.now
 
     def turn(self, rows: slice) -> None:
-        """Get ready for the next chunk of the documents in `rows`, the first: their rotation, what they may see."""
-        keys, began = self.past[0][0], self.began[rows, None, None]
-        times = torch.arange(self.now - keys.size(2), self.now + self.how.chunk, device=began.device)
-        new = times[keys.size(2) :]
+        """Before the next chunk of the documents in the first seats, `rows`: their rotation, and what is hidden."""
+        keys, began = self.past[0][0], self.began[: rows.stop, None, None]
+        times = torch.arange(self.now - self.how.window, self.now + self.how.chunk, device=began.device)
+        new = times[self.how.window :]
         age = new[:, None] - times
         hidden = (age < 0) | (age >= self.how.window) | (times < began)  # (B, C, W + C)
         bias = torch.zeros(hidden.shape, dtype=keys.dtype, device=began.device).masked_fill_(hidden, -math.inf)
@@ -1122,7 +1122,7 @@ def gather_chunk(
 
 
 def score_then_learn(
-    model: GPT, chunk: tuple, rows: Tensor | slice, adapters: Any, memory: Any, learn: bool
+    model: GPT, chunk: tuple, rows: Tensor | slice, adapters: DocumentAdapters | None, memory: Any, learn: bool
 ) -> Tensor:
     """Losses (B, S) of a chunk under the adapters as they are; only then, if `learn`, one step on those same tokens.
 

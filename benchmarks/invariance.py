@@ -58,9 +58,9 @@ def score(artifact: Path, tokenizer: Path, data: Path, out: Path, ranks: int, ba
     subprocess.run([sys.executable, *launcher, SCRIPT], env=env, check=True, stdout=subprocess.DEVNULL)
     with (out / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
-    nats = [math.fsum(float(row["loss_nats"]) for row in rows if row["condition"] == name) for name in CONDITIONS]
-    return [total / math.log(2) / sum(int(row["bytes"]) for row in rows if row["condition"] == name)
-            for name, total in zip(CONDITIONS, nats, strict=True)]  # fmt: skip
+    parts = ([row for row in rows if row["condition"] == name] for name in CONDITIONS)
+    return [math.fsum(float(row["loss_nats"]) for row in part) / math.log(2) / sum(int(row["bytes"]) for row in part)
+            for part in parts]  # fmt: skip
 
 
 def main() -> int:

@@ -219,16 +219,14 @@ def scaling(bench: Bench, total: int, longest_ones: tuple = LONGEST, counts: tup
 def settings(bench: Bench) -> dict[str, tg.Condition]:
     """What the frontier is drawn from: the rungs of the ladder, and the stream with one thing or another changed."""
     best = bench.condition("stream")
-    chunks = {c: replace(best, chunk=c, lr=best.lr * (c / best.chunk) ** 0.5)
-              for c in (16, 32, 256)}  # fmt: skip
+    chunks = {c: replace(best, chunk=c, lr=best.lr * (c / best.chunk) ** 0.5) for c in (16, 32, 256)}
     lessons = {
         "head alone": {"targets": ("lm_head",)}, "MLP and head": {"targets": ("fc", "mlp.proj", "lm_head")},
         "all projections": {"targets": tg.TARGETS}, "rank 8": {"rank": 8}, "spread 1": {"spread": 1.0},
         "half the rate": {"lr": best.lr / 2}, "twice the rate": {"lr": best.lr * 2},
         "beta1 0.9": {"betas": (0.9, 0.99)}, "beta2 0.999": {"betas": (0.0, 0.999)},
     }  # fmt: skip
-    changed = {f"stream, {label}": replace(best, **change)
-               for label, change in lessons.items()}  # fmt: skip
+    changed = {f"stream, {label}": replace(best, **change) for label, change in lessons.items()}
     rungs = {name: bench.condition(name) for name in ("stride", "ttt", "stream_fast", "stream")}
     return rungs | {f"stream, chunk {c}": how for c, how in chunks.items()} | changed
 

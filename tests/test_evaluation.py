@@ -365,19 +365,20 @@ def test_positions_far_out_lose_no_precision(rt, now, began):
 
 
 def test_a_memory_does_not_grow(rt, monkeypatch):
-    """It holds at most a window, whatever the documents."""
-    cfg = tiny_config()
-    model, sizes, original = tiny_model(cfg, rt), [], tg.Memory.turn
+    """It holds a window for each seat that was taken in the turn before, however long the documents."""
+    cfg, original, seats, sizes = tiny_config(), tg.Memory.turn, [], []
 
     def weigh(self, rows):
         original(self, rows)
         halves = [half for layer in self.past for half in layer]
-        assert [tuple(half.shape) for half in halves] == [(1, 2, min(len(sizes) * C, W), 8)] * 6
+        assert {tuple(half.shape) for half in halves} == {((seats or [3])[-1], 2, W, 8)}
+        seats.append(rows.stop)
         sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in (*halves, self.bias, *self.rope)))
 
     monkeypatch.setattr(tg.Memory, "turn", weigh)
-    stream_score(model, tiny_documents([3000]), cfg, rt)
-    assert len(sizes) == 375 and max(sizes) == sizes[-1] == sizes[W // C + 1]
+    stream_score(tiny_model(cfg, rt), tiny_documents([30, 3000, 70]), cfg, rt)
+    assert seats == [3] * 4 + [2] * 5 + [1] * 366
+    assert sizes[-1] == sizes[11] < sizes[8] < sizes[3]
 
 
 # -- flat -------------------------------------------------------------------------------------------------------------
