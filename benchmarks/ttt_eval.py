@@ -234,8 +234,6 @@ def settings(bench: Bench) -> dict[str, tg.Condition]:
 
 def frontier(bench: Bench, picture: Path) -> None:
     """Gain over `stride` against seconds for many settings: a table, with intervals by document, and a picture."""
-    import matplotlib.pyplot as plt  # the rest of the file does without
-
     rows, stride = [], None
     print("| setting | val_bpb | gain over stride | 95 % interval | / ttt's | seconds | / ttt's |\n|" + "---|" * 7)
     for name, how in settings(bench).items():
@@ -251,11 +249,21 @@ def frontier(bench: Bench, picture: Path) -> None:
         gain, seconds = (rows[1][1], rows[1][2]) if len(rows) > 1 else (np.nan, np.nan)
         print(f"| {name} | {score.bpb:.4f} | {rows[-1][1]:.4f} | {low:.4f} to {high:.4f} | {rows[-1][1] / gain:.2f} "
               f"| {spent:.1f} | {spent / seconds:.2f} |", flush=True)  # fmt: skip
+    draw(rows, picture)
+
+
+def draw(rows: list[tuple[str, float, float]], picture: Path) -> None:
+    """Points of (name, gain, seconds): the rungs of the ladder, named on their left, among the changed settings."""
+    import matplotlib.pyplot as plt  # the rest of the file does without
+
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, gain, seconds in rows:
-        axes.plot(seconds, gain, "o", color="#d9622b" if name in VARIANTS else "#9aa3ad")
-        axes.annotate(name.removeprefix("stream, "), (seconds, gain), (5, 3), textcoords="offset points", size=8)
-    axes.set(xlabel="seconds", ylabel="bits per byte gained over stride")
+    for place, (name, gain, seconds) in enumerate(rows):
+        rung = name in VARIANTS
+        axes.plot(seconds, gain, "o", color="#d9622b" if rung else "#9aa3ad")
+        offset, side = ((-6, 3), "right") if rung else ((6, 4 - 9 * (place % 2)), "left")
+        label = name.removeprefix("stream, ")
+        axes.annotate(label, (seconds, gain), offset, textcoords="offset points", size=8, ha=side)
+    axes.set(xlabel="seconds", ylabel="bits per byte gained over stride", xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=150)
 
