@@ -51,8 +51,8 @@ def score(artifact: Path, tokenizer: Path, data: Path, out: Path, ranks: int, ba
     """val_bpb of one run under each of CONDITIONS, from its scores file."""
     env = os.environ | {
         "EVAL_ONLY": "1", "EVAL": ",".join(CONDITIONS), "MODEL_PATH": str(artifact), "DATA_PATH": str(data),
-        "OUT_DIR": str(out),
-        "TOKENIZER_PATH": str(tokenizer), "TTT_BATCH_SIZE": str(batch), "DTYPE": dtype, "SCORES_PATH": "scores.csv",
+        "TOKENIZER_PATH": str(tokenizer), "OUT_DIR": str(out), "SCORES_PATH": "scores.csv", "DTYPE": dtype,
+        "TTT_BATCH_SIZE": str(batch),
     }  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     subprocess.run([sys.executable, *launcher, SCRIPT], env=env, check=True, stdout=subprocess.DEVNULL)
@@ -88,7 +88,7 @@ def main() -> int:
             spreads = [max(column) - min(column) for column in zip(*scores, strict=True)]
             status |= max(spreads) > promised
             judged = (f" {spread:.1e} | promised: {promised:.0e} |" for spread in spreads)
-            print(f"| **spread** | {dtype} |" + "".join(judged))
+            print(f"| **spread** | {dtype} |" + "".join(judged), flush=True)
     return status
 
 
