@@ -33,20 +33,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import difflib
+import fcntl
 import functools
 import io
 import itertools
 import math
+import operator
 import os
 import platform
 import re
 import shlex
+import signal
+import stat
 import sys
 import time
+import traceback
 import uuid
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -71,9 +79,13 @@ class AgreedError(UserError):
     """A `UserError` that every rank raises alike, so that rank 0 alone shows it."""
 
 
-def _opt(default: Any, unit: str, least: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field of `Config`: its default, what it counts, and the smallest value or the words that it accepts."""
-    return field(default=default, metadata={"unit": unit, "least": least, "choices": choices})
+class Stopped(Exception):
+    """The end of a run that a signal asked for: what is done is on the disk, the message says how to go on."""
+
+
+def _opt(default: Any, unit: str, least: float = -1e18, most: float = 1e18, choices: tuple[str, ...] = ()) -> Any:
+    """A field of `Config`: its default, what it counts, and the numbers or the words that it accepts."""
+    return field(default=default, metadata={"unit": unit, "least": least, "most": most, "choices": choices})
 
 
 RUNGS = ("flat", "doc", "stride", "ttt", "stream_fast", "stream")
@@ -94,29 +106,33 @@ class Config:
     data_path: str = _opt("./data/datasets/fineweb10B_sp1024", "folder of shards")
     tokenizer_path: str = _opt("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     out_dir: str = _opt(".", "folder for everything the run writes")
-    run_id: str = _opt("", "name of the log file; a uuid4 if empty")
-    seed: int = _opt(1337, "seed of weights and adapters", 0)
-    eval: tuple[str, ...] = _opt(("flat", "ttt", "stream"), "conditions, in order", choices=RUNGS)
+    run_id: str = _opt("", "name of log and checkpoints; if empty, that of the checkpoint, or a uuid4")
     scores_path: str = _opt("", "in OUT_DIR: a .csv with the scores of every chunk; none if empty")
-    # How long
-    iterations: int = _opt(20000, "steps at most", 0)
-    max_wallclock_seconds: float = _opt(600.0, "seconds of training; 0: no cap", 0)
-    warmup_steps: int = _opt(20, "steps that prime the machine and are undone", 0)
-    warmdown_iters: int = _opt(1200, "steps over which the rates fall to 0", 0)
-    train_batch_tokens: int = _opt(524288, "tokens per step, all ranks and micro-steps", 1)
-    train_seq_len: int = _opt(1024, "tokens per row in training and flat evaluation", 1)
-    grad_accum_steps: int = _opt(0, "micro-steps per step; 0: 8 (cpu: 2) / world size where whole, else 1", 0)
+    resume: str = _opt("", "auto: go on from the newest checkpoint in OUT_DIR, if any; or the path of one")
+    checkpoint_every: int = _opt(0, "steps between checkpoints; 0: none", 0)
+    checkpoint_seconds: float = _opt(0.0, "seconds of training between checkpoints; 0: none", 0)
+    rank_timeout_seconds: float = _opt(600.0, "how long a rank waits for the others before it gives up", 1, 1e6)
+    # What is reported on the way
+    warmup_steps: int = _opt(20, "steps that prime the machine and are undone", 0, 1e4)
     val_batch_size: int = _opt(524288, "tokens per flat-evaluation step, all ranks and micro-steps", 1)
     val_loss_every: int = _opt(1000, "steps between validations; 0: only the last", 0)
     train_log_every: int = _opt(200, "steps between loss lines; 0: none", 0)
     max_val_docs: int = _opt(0, "evaluate only the first N documents; 0: all", 0)
+    # What decides the weights, from `seed` to `grad_clip_norm`: a checkpoint goes on under the same settings only
+    seed: int = _opt(1337, "seed of weights and adapters", 0)
+    iterations: int = _opt(20000, "steps at most", 0)
+    max_wallclock_seconds: float = _opt(600.0, "seconds of training; 0: no cap", 0)
+    warmdown_iters: int = _opt(1200, "steps over which the rates fall to 0", 0)
+    train_batch_tokens: int = _opt(524288, "tokens per step, all ranks and micro-steps", 1)
+    train_seq_len: int = _opt(1024, "tokens per row in training and flat evaluation", 1, 65536)
+    grad_accum_steps: int = _opt(0, "micro-steps per step; 0: 8 (cpu: 2) / world size where whole, else 1", 0)
     # Model
-    vocab_size: int = _opt(1024, "pieces", 4)
-    num_layers: int = _opt(9, "blocks", 1)
-    model_dim: int = _opt(512, "width", 2)
-    num_heads: int = _opt(8, "query heads", 1)
-    num_kv_heads: int = _opt(4, "key/value heads", 1)
-    mlp_mult: int = _opt(2, "MLP width / model width", 1)
+    vocab_size: int = _opt(1024, "pieces", 4, 65536)
+    num_layers: int = _opt(9, "blocks", 1, 1000)
+    model_dim: int = _opt(512, "width", 2, 65536)
+    num_heads: int = _opt(8, "query heads", 1, 1000)
+    num_kv_heads: int = _opt(4, "key/value heads", 1, 1000)
+    mlp_mult: int = _opt(2, "MLP width / model width", 1, 1000)
     tie_embeddings: bool = _opt(True, "1: the head is the embedding")
     rope_base: float = _opt(10000.0, "rotary base", 1)
     logit_softcap: float = _opt(30.0, "logits stay within plus and minus this", 1e-3)
@@ -128,24 +144,26 @@ class Config:
     tied_embed_lr: float = _opt(0.05, "Adam, tied embedding", 0)
     matrix_lr: float = _opt(0.04, "Muon", 0)
     scalar_lr: float = _opt(0.04, "Adam, vectors and gains", 0)
-    muon_momentum: float = _opt(0.95, "momentum after its warm-up", 0)
-    muon_momentum_warmup_start: float = _opt(0.85, "momentum at step 0", 0)
+    muon_momentum: float = _opt(0.95, "momentum after its warm-up", 0, 1)
+    muon_momentum_warmup_start: float = _opt(0.85, "momentum at step 0", 0, 1)
     muon_momentum_warmup_steps: int = _opt(500, "steps from the first to the second", 0)
-    muon_backend_steps: int = _opt(5, "Newton-Schulz iterations", 0)
-    beta1: float = _opt(0.9, "Adam", 0)
-    beta2: float = _opt(0.95, "Adam", 0)
+    muon_backend_steps: int = _opt(5, "Newton-Schulz iterations", 0, 100)
+    beta1: float = _opt(0.9, "Adam", 0, 0.999999)
+    beta2: float = _opt(0.95, "Adam", 0, 0.999999)
     adam_eps: float = _opt(1e-8, "Adam", 0)
     grad_clip_norm: float = _opt(0.0, "global norm; 0: no clipping", 0)
-    # Test-time training
-    ttt_lora_rank: int = _opt(8, "adapter rank", 1)
+    # Evaluation and its test-time training
+    eval: tuple[str, ...] = _opt(("flat", "ttt", "stream"), "conditions, in order", choices=RUNGS)
+    eval_max_seconds: float = _opt(0.0, "seconds for each condition that learns, then a partial score; 0: no cap", 0)
+    ttt_lora_rank: int = _opt(8, "adapter rank", 1, 1024)
     ttt_lora_lr: float = _opt(0.01, "Adam rate of the adapters", 0)
-    ttt_chunk_size: int = _opt(256, "predictions scored, then learned from, at once", 1)
-    ttt_eval_seq_len: int = _opt(1024, "tokens of context at most", 1)
+    ttt_chunk_size: int = _opt(256, "predictions scored, then learned from, at once", 1, 65536)
+    ttt_eval_seq_len: int = _opt(1024, "tokens of context at most", 1, 65536)
     ttt_batch_size: int = _opt(64, "documents side by side", 1)
-    ttt_stream_chunk: int = _opt(64, "stream: predictions scored, then learned from, at once", 1)
+    ttt_stream_chunk: int = _opt(64, "stream: predictions scored, then learned from, at once", 1, 65536)
     ttt_stream_lr: float = _opt(0.0045, "stream: Adam rate at the start of a document", 0)
-    ttt_stream_betas: tuple[float, ...] = _opt((0.0, 0.99), "stream: Adam", 0)
-    ttt_stream_rank: int = _opt(32, "stream: adapter rank", 1)
+    ttt_stream_betas: tuple[float, ...] = _opt((0.0, 0.99), "stream: Adam", 0, 0.999999)
+    ttt_stream_rank: int = _opt(32, "stream: adapter rank", 1, 1024)
     ttt_stream_targets: tuple[str, ...] = _opt(TARGETS[3:], "stream: projections with adapters", choices=TARGETS)
 
 
@@ -156,30 +174,29 @@ PRESETS: dict[str, dict[str, Any]] = {
                 num_layers=4, model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096,
                 grad_accum_steps=2, val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03,
                 warmup_steps=1, warmdown_iters=500, muon_momentum_warmup_steps=60, val_loss_every=0, train_log_every=50,
-                ttt_eval_seq_len=512, ttt_batch_size=16, eval=("flat", "doc", "stride", "ttt", "stream")),
+                ttt_eval_seq_len=512, ttt_batch_size=16, eval=("flat", "doc", "stride", "ttt", "stream"),
+                checkpoint_seconds=30.0),
 }  # fmt: skip
 
 
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
-    several, least, choices = isinstance(spec.default, tuple), spec.metadata["least"], spec.metadata["choices"]
+    several, least, most, choices = isinstance(spec.default, tuple), *map(spec.metadata.get, ("least", "most", "choices"))
     defaults, texts = (spec.default, text.split(",")) if several else ((spec.default,), [text])
     kind, count = type(defaults[0]), len(defaults)
-    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "one of"}[kind]
-    if several:
-        expected = "some of" if choices else ",".join([expected] * count)
-    expected += " " + ", ".join(choices) if choices else ""
-    expected += f" of at least {least:g}" if least is not None else ""
+    expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "one of"}[kind]
+    expected += f" from {least:g} to {most:g}" if kind in (int, float) else ""
+    expected = "some of" if several and choices else ",".join([expected] * count)
     with contextlib.suppress(ValueError, KeyError):
         parts = tuple({"0": False, "1": True}[t] if kind is bool else kind(t) for t in texts)
-        lowest = -(2**62) if least is None else least
         if choices:
             fits = len(set(parts) & set(choices)) == len(parts)  # all known, none twice
         else:
-            fits = len(parts) == count and (kind is str or all(lowest <= part < 2**62 for part in parts))
+            fits = len(parts) == count and (kind is str or all(least <= part <= most for part in parts))
         if fits:
             return parts if several else parts[0]
-    raise AgreedError(f"{name}={text!r}: expected {expected}; set it so or unset it")
+    expected += " " + ", ".join(choices) if choices else ""
+    raise AgreedError(f"{name}={text!r:.60}: expected {expected}; set it so or unset it")
 
 
 def spell(value: Any) -> str:
@@ -204,15 +221,23 @@ def read_config(env: Mapping[str, str]) -> Config:
     return cfg
 
 
+def count_parameters(cfg: Config) -> int:
+    """Numbers in the model: embedding and head, skip weights, then matrices, vectors and gains of each block."""
+    dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads
+    block = dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_mult * dim + 4) + cfg.num_heads
+    return dim * (cfg.vocab_size * (2 - cfg.tie_embeddings) + cfg.num_layers // 2) + cfg.num_layers * block
+
+
 def check_config(cfg: Config, world: int) -> None:
     """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(unit, round(cfg.train_batch_tokens / unit) * unit)
+    name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
     for holds, line in (
-        (re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}|", cfg.run_id),
+        (re.fullmatch(f"({name})?", cfg.run_id),
          f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it"),
-        (not cfg.scores_path or (cfg.scores_path.endswith(".csv") and not Path(cfg.out_dir, cfg.scores_path).is_dir()),
-         f"SCORES_PATH={cfg.scores_path!r}: expected the name of a file, ending in .csv; rename it"),
+        (re.fullmatch(rf"({name}\.csv)?", cfg.scores_path),
+         f"SCORES_PATH={cfg.scores_path!r}: expected the name of a file in OUT_DIR, ending in .csv; rename it"),
         (cfg.model_path or not cfg.eval_only,
          "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH"),
         (cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
@@ -221,17 +246,24 @@ def check_config(cfg: Config, world: int) -> None:
         (cfg.model_dim % (2 * cfg.num_heads) == 0,
          f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, since NUM_HEADS={cfg.num_heads} and"
          " rotary embedding needs an even head dim"),
-        (max(cfg.beta1, cfg.beta2, *cfg.ttt_stream_betas) < 1,
-         f"BETA1={cfg.beta1:g}, BETA2={cfg.beta2:g}, TTT_STREAM_BETAS={spell(cfg.ttt_stream_betas)}: expected numbers"
-         " below 1, the shares that Adam's averages keep"),
         (cfg.num_heads % cfg.num_kv_heads == 0,
          f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads}; change one of them"),
+        (count_parameters(cfg) <= 1e9,
+         f"MODEL_DIM={cfg.model_dim}, NUM_LAYERS={cfg.num_layers}, MLP_MULT={cfg.mlp_mult}: found a model of"
+         f" {count_parameters(cfg)} parameters, expected at most 1e9; lower them"),
         (cfg.eval_only or cfg.train_batch_tokens % unit == 0,
          f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
          f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is {nearest}"),
     ):  # fmt: skip
         if not holds:
             raise AgreedError(line)
+
+
+def lookalikes(env: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(variable, the setting that it may have been meant for) of the environment's near misses."""
+    ours = [f.name.upper() for f in fields(Config)]
+    nearest = {name: difflib.get_close_matches(name, ours, 1, 0.85) for name in env if name not in ours}
+    return [(name, found[0]) for name, found in nearest.items() if found]
 
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
@@ -248,11 +280,14 @@ class Runtime:
     log_path: Path | None = None
     noise: float = 0.0  # nats by which a score may differ if computed twice: on CPUs kernels repeat to the bit
     suffix: str = ""  # " partial" when only some documents are evaluated, so that no line can be mistaken
+    run_id: str = ""
+    signal: int = 0  # the one that asked this run to stop, on some rank; 0: none did
 
     @classmethod
     def create(cls, cfg: Config, env: Mapping[str, str]) -> Runtime:
         """Claim the device and join the other ranks that torchrun started. `AgreedError` where GPUs are lacking."""
-        rank, world, local = (int(env.get(key, "0")) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, world, local = (_parse(name, env.get(name, "0"), _opt(0, "", 0)) for name in names)
         rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1)
         if cfg.device == "cuda":
             needed, found = int(env.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -272,18 +307,20 @@ class Runtime:
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
         if world:
             # gloo carries what lives on the CPU (clock, error lines), so that agreeing on them never waits for a GPU.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo")
-        rt.together(lambda: rt.open_log(cfg, env))
+            backend, patience = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo", cfg.rank_timeout_seconds
+            dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+        names = [path.name.rsplit(".", 2)[0] for path in find_checkpoints(cfg) if cfg.resume == "auto"]
+        rt.run_id = rt.gather(cfg.run_id or [*names, str(uuid.uuid4())][0])[0]
+        rt.log_path = Path(cfg.out_dir, "logs", f"{rt.run_id}.txt")
+        rt.suffix = " partial" if cfg.max_val_docs else ""
+        rt.together(lambda: rt.rank or rt.open_log(cfg, env))
         return rt
 
     def open_log(self, cfg: Config, env: Mapping[str, str]) -> None:
         """Start the log file with what identifies the run, this script first. `OSError` where it cannot be written."""
-        self.suffix = " partial" if cfg.max_val_docs else ""
-        if self.rank:
-            return
-        self.log_path = Path(cfg.out_dir) / "logs" / f"{cfg.run_id or uuid.uuid4()}.txt"
-        for path in (self.log_path, Path(cfg.out_dir, cfg.scores_path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in ("logs", "checkpoints"):
+            Path(cfg.out_dir, folder).mkdir(parents=True, exist_ok=True)
+        self.claim_log()
         settings = {f.name.upper(): shlex.quote(spell(getattr(cfg, f.name))) for f in fields(cfg)}
         given = [f"{name}={shlex.quote(env[name])}" for name in settings if name in env]
         launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
@@ -304,16 +341,54 @@ class Runtime:
         self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
         self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
         self.log(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
+        for name, meant in lookalikes(env):
+            self.log(f"warning: {name} is no setting of this script; {meant} is")
+
+    def claim_log(self) -> None:
+        """Lock the log for as long as this process lives. The log of an earlier run of that name gets a number."""
+        while True:
+            self.lock = self.log_path.open("a")
+            with contextlib.suppress(OSError):  # some file systems cannot lock
+                try:
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    line = f"RUN_ID={self.run_id}: found a run that is writing {self.log_path}, expected none"
+                    raise UserError(f"{line}; choose another RUN_ID or OUT_DIR, or wait for its end") from None
+            if not os.fstat(self.lock.fileno()).st_size:
+                return
+            paths = (self.log_path.with_suffix(f".{number}.txt") for number in itertools.count(1))
+            self.log_path.rename(next(path for path in paths if not path.exists()))
+
+    def listen(self) -> None:
+        """Let the first SIGTERM or SIGINT ask for an end at the next good moment, and the second one be the end."""
+        began = [0.0]
+
+        def hear(number: int, _: Any) -> None:
+            if self.signal and time.monotonic() - began[0] > 0.5:  # torchrun repeats at once what a terminal sends
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            elif not self.signal:
+                self.signal, began[0] = number, time.monotonic()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, hear)
 
     def log(self, text: str, console: bool = True) -> None:
-        """Write to the log file and, unless told otherwise, to standard output. Rank 0 only, which has a log file."""
-        if self.log_path:
+        """Write to the log file and, unless told otherwise, to standard output, where only rank 0 speaks."""
+        if self.log_path and not (console and self.rank):
             if console:
                 text += self.suffix
                 with tqdm.external_write_mode():  # lifts a running progress bar out of the way
                     print(text, flush=True)
             with self.log_path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, on all of them."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def together(self, work: Callable[[], Any]) -> Any:
         """work() on every rank. If any refuses it, all of them raise `AgreedError` with the first refusal."""
@@ -322,9 +397,7 @@ class Runtime:
             result = work()
         except (UserError, OSError) as error:
             problem = str(error)
-        problems = [problem] * self.world
-        if self.world > 1:
-            dist.all_gather_object(problems, problem)
+        problems = self.gather(problem)
         for rank, line in enumerate(problems):
             if line:
                 raise AgreedError(line if problems == [line] * self.world else f"rank {rank}: {line}")
@@ -349,11 +422,15 @@ class Runtime:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def from_rank0(self, value: float) -> float:
-        """Rank 0's `value`, on every rank: replicas that read their own clocks would drift apart."""
-        box = torch.tensor(value, dtype=torch.float64, device="cpu")
+        """Rank 0's `value`, on every rank: replicas that read their own clocks would drift apart.
+
+        A signal that one rank has heard is from then on known to all: they stop after the same step.
+        """
+        box = torch.tensor([0.0 if self.rank else value, self.signal], dtype=torch.float64, device="cpu")
         if self.world > 1:
-            dist.broadcast(box, src=0)
-        return box.item()
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        value, self.signal = box[0].item(), int(box[1])
+        return value
 
     def seconds(self, wait: bool = True) -> float:
         """The clock, read when the device has done all that was asked of it unless told not to `wait`."""
@@ -364,7 +441,7 @@ class Runtime:
     def progress(self, total: float, what: str) -> tqdm:
         """A progress bar for a person at a terminal; silent in pipes, in files and on other ranks."""
         layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        hidden = not self.log_path or not sys.stderr.isatty()
+        hidden = not self.log_path or self.rank > 0 or not sys.stderr.isatty()
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
 
@@ -402,17 +479,63 @@ def source_code() -> str:
     return Path(__file__).read_bytes().decode()
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Put `parts` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: {error.strerror}; not written, what was there before still is") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a regular file; `OSError` for anything else, since a pipe might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path}: found something that is not a file, expected one")
+    return Path(path).read_bytes()
+
+
+def brief(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def unpack(blob: bytes) -> Any:
+    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make."""
+    entries = zipfile.ZipFile(io.BytesIO(blob)).infolist()
+    sizes = [entry.file_size for entry in entries if entry.filename.endswith(".pkl")]
+    if sum(entry.file_size for entry in entries) > len(blob) or max(sizes) > 2**21:  # pickles are slow to read
+        raise ValueError("it unpacks to more than it holds")
+    return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain values, atomically and behind their SHA-256, so that a damaged file is known as one."""
+    torch.save(state, buffer := io.BytesIO())
+    write_atomically(path, sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote. `UserError` where the file is damaged or something else."""
+    try:
+        blob = memoryview(read_file(path))
+        if sha256(blob[32:]).digest() != blob[:32]:
+            raise ValueError("damaged or cut short")
+        return unpack(blob[32:])
+    except Exception as error:  # whatever the file system, zipfile and torch.load find wrong
+        raise UserError(f"{path}: no usable checkpoint ({brief(error)}); expected one that this script wrote") from None
+
+
+def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
+    """The checkpoints of a run, or of any, in OUT_DIR, the newest first."""
+    found = Path(cfg.out_dir, "checkpoints").glob(f"{run_id}.step*.pt")
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 # ==== Byte metric: the UTF-8 bytes that a token stands for ===========================================================
@@ -708,7 +831,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
         super().__init__(params, {"lr": lr, "base_lr": lr, "momentum": 0.0})
         self.steps, self.rt, self.mine = steps, rt, slice(rt.rank, None, rt.world)
-        self.buffers = [torch.zeros_like(p) for p in params[self.mine]]
+        self.state.update({p: {"buffer": torch.zeros_like(p)} for p in params})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -717,9 +840,11 @@ class Muon(torch.optim.Optimizer):
         sizes = [p.numel() for p in params]
         updates = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
         views = [part.view_as(p) for part, p in zip(updates.split(sizes), params, strict=True)]
+        buffers, grads = [self.state[p]["buffer"] for p in params], [p.grad for p in params]
+        torch._foreach_mul_(buffers, momentum)  # all of them on every rank, so that any rank can write a checkpoint
+        torch._foreach_add_(buffers, grads)
         # Each matrix is one rank's work: summing the ranks' otherwise zero bf16 updates hands every rank the whole set.
-        for p, buffer, view in zip(params[self.mine], self.buffers, views[self.mine], strict=True):
-            buffer.mul_(momentum).add_(p.grad)
+        for p, buffer, view in zip(params[self.mine], buffers[self.mine], views[self.mine], strict=True):
             update = orthogonalize(p.grad + momentum * buffer, self.steps)
             view.copy_(update * max(1.0, p.size(0) / p.size(1)) ** 0.5)
         self.rt.sum(updates)
@@ -739,6 +864,9 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.
     )
     groups = [{"params": params, "lr": lr, "base_lr": lr} for params, lr in rates if params]
     adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+    for p in (p for group in groups for p in group["params"]):  # as Adam would at its first step
+        step = torch.zeros((), dtype=torch.float32, device=rt.device)
+        adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     muon = Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt)
     owned = [id(p) for group in muon.param_groups + adam.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter has no optimizer, or two"
@@ -758,6 +886,7 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
 # ==== Artifact: int8 + zlib, written and read =========================================================================
 
 QUANT_FORMAT = "int8_clean_per_row_v1"
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEEP_FLOAT_NUMEL = 65_536  # float tensors up to this size are stored as they are
 CLIP_QUANTILE = 99.99984 / 100  # of |w| in a row; what lies above is clipped
 SUBMISSION_BUDGET = 16_000_000  # bytes of code and artifact together
@@ -788,14 +917,23 @@ def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict from an artifact's content, each tensor in the dtype that it was trained in."""
-    state = {}
-    for name, q in content["quantized"].items():
-        scale = content["scales"][name].float()
-        state[name] = (q.float() * scale.view(-1, *[1] * (q.ndim - 1))).to(getattr(torch, content["dtypes"][name]))
+    """A state dict from an artifact's content, each tensor in the dtype that it was trained in.
+
+    `KeyError` or `ValueError` for what `quantize_state`, or the published script, cannot have made.
+    """
+    state, scales, quantized = {}, content["scales"], content["quantized"]
+    if content["__quant_format__"] != QUANT_FORMAT:
+        raise ValueError(f"its format is {content['__quant_format__']!r:.40}, not {QUANT_FORMAT}")
+    if twice := scales.keys() ^ quantized.keys() | quantized.keys() & content["passthrough"].keys():
+        raise ValueError(f"{min(twice)} is there twice, or half")
+    for name, q in quantized.items():
+        if q.dtype != torch.int8 or scales[name].shape not in (q.shape[:1], ()):
+            raise ValueError(f"{name} is {q.dtype} {tuple(q.shape)} with scales {tuple(scales[name].shape)}")
+        scale = scales[name].float().view(-1, *[1] * (q.ndim - 1))
+        state[name] = (q.float() * scale).to(FLOATS[content["dtypes"][name]])
     for name, tensor in content["passthrough"].items():
         original = content["passthrough_orig_dtypes"].get(name)
-        state[name] = tensor.to(getattr(torch, original)) if original else tensor
+        state[name] = tensor.to(FLOATS[original]) if original else tensor
     return state
 
 
@@ -829,19 +967,27 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`."""
+    """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`.
+
+    The file may be a stranger's. It is never executed, and memory and time are bounded by its size.
+    """
     try:
-        blob, packed = Path(path).read_bytes(), str(path).endswith(".ptz")
-        blob = zlib.decompress(blob) if packed else blob
-        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)  # executes nothing in the file
-        if packed and content["__quant_format__"] != QUANT_FORMAT:
-            raise ValueError(f"its format is {content['__quant_format__']!r:.40}, not {QUANT_FORMAT}")
+        blob, packed = read_file(path), str(path).endswith(".ptz")
+        if packed:
+            inflater, most = zlib.decompressobj(), max(2**26, 16 * len(blob))
+            blob = inflater.decompress(blob, most)
+            if not inflater.eof or inflater.unused_data:
+                raise ValueError(f"its zlib stream is cut short, goes on after its end, or holds over {most} bytes")
+        content = unpack(blob)
+        parts = [content[part] for part in ("quantized", "scales", "passthrough")] if packed else [content]
+        if sum(tensor.nbytes for part in parts for tensor in part.values()) > len(blob):  # views that repeat numbers
+            raise ValueError("its tensors are larger than the file")
         state = dequantize_state(content) if packed else content
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError("an entry is not a tensor")
+        for name, tensor in state.items():
+            if not isinstance(name, str) or tensor.dtype not in FLOATS.values() or not tensor.isfinite().all():
+                raise ValueError(f"{name!r:.80} does not name finite floats")
     except Exception as error:  # whatever the file system, zlib and torch.load find wrong with a stranger's file
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise UserError(f"{path}: unusable ({reason}); expected an artifact (.ptz) or a state dict (.pt)") from None
+        raise UserError(f"{path}: unusable ({brief(error)}); expected an artifact (.ptz) or a state dict (.pt)") from None
     return state
 
 
@@ -849,15 +995,18 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
     """`cfg` with the model shape of the weights in file `path`. `UserError` if they are not this GPT's."""
     try:
         (vocab_size, dim), heads = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
-        return replace(
+        found = replace(
             cfg, vocab_size=vocab_size, model_dim=dim, num_heads=heads, tie_embeddings="lm_head.weight" not in state,
             num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
             num_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
             mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
         )  # fmt: skip
+        needed, held = count_parameters(found), sum(tensor.numel() for tensor in state.values())
+        if needed > 2 * held:  # before the model is built: a few hundred bytes can claim to be of any shape
+            raise ValueError(f"{held} numbers where a model of its shape has {needed}")
     except (KeyError, ValueError, ZeroDivisionError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not the weights of this model ({reason}); expected its tensor names") from None
+        raise UserError(f"{path}: not the weights of this model ({brief(error)}); expected its tensor names") from None
+    return found
 
 
 def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -988,9 +1137,11 @@ class Score:
 
     columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
     computed: int = 0  # positions that went through the model; `Condition.work` says how many had to
+    missing: int = 0  # positions that the time did not suffice for
+    seconds: float = 0.0  # that earlier attempts spent
 
     @classmethod
-    def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, computed: int = 0) -> Score:
+    def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, limited: bool = False) -> Score:
         """From all ranks' `ledger` (2, n - 1): for each position of the stream, its loss and how often it was scored.
 
         This is also the audit of coverage: `AgreedError` unless every position that `how` covers was scored exactly
@@ -1001,6 +1152,8 @@ class Score:
         starts, predictions = how.spans(docs)
         due = np.zeros_like(times)
         due[starts[0] : starts[-1] + predictions[-1]] = 1
+        missing = int((due > times).sum()) if limited else 0
+        due = np.minimum(due, times) if limited else due
         for p in np.flatnonzero((times != due) | ~np.isfinite(losses))[:1]:
             found = f"scored {times[p]:g} times, loss {losses[p]:g}"
             raise AgreedError(f"audit coverage: position {p}: {found}; expected {due[p]:g} times and a finite loss")
@@ -1014,7 +1167,7 @@ class Score:
             raise AgreedError("audit coverage: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
         columns = dict(doc=doc, chunk=start // size, start=start, tokens=tokens, bytes=count, loss_nats=nats)
-        return cls({name: column[tokens > 0] for name, column in columns.items()}, computed)
+        return cls({name: column[tokens > 0] for name, column in columns.items()}, missing=missing)
 
     @functools.cached_property
     def totals(self) -> tuple[float, int, int]:
@@ -1175,20 +1328,71 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
         yield np.flatnonzero(shapes == shape), bool(shape > 0)
 
 
-def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> tuple[Tensor, int]:
+class Progress:
+    """Documents that an evaluation has finished, kept on disk for the next attempt; and its seconds, if limited.
+
+    Every rank of every attempt writes a file of its own, and rank 0 reads them all. Their names begin with `stem`, which
+    holds a hash of all that decides the scores: a file that is found fits.
+    """
+
+    def __init__(self, stem: Path, limit: float, rt: Runtime) -> None:
+        self.stem, self.limit, self.rt, self.longest, self.earlier = stem, limit, rt, 0.0, 0.0
+        self.path = stem.with_name(f"{stem.name}.{time.time_ns()}.{rt.rank}.part")
+        self.began = self.mark = rt.seconds()
+        self.due, self.finished = self.began + 5, [np.zeros(0, dtype=np.int64)]
+
+    def files(self) -> list[Path]:
+        """Those of all ranks and attempts."""
+        return sorted(self.stem.parent.glob(f"{self.stem.name}.*.part"))
+
+    def recall(self, ledger: Tensor, starts: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+        """Enter what is known into rank 0's ledger. Returns the documents that are left to score, on every rank."""
+        for path in self.files() if self.rt.rank == 0 else ():
+            with contextlib.suppress(UserError):  # a damaged file: what it held is scored again
+                part = load_state(path)
+                ledger[:, part["at"].to(ledger.device)] = part["entries"].to(ledger.device)
+                self.earlier += part["seconds"]
+        self.earlier = self.rt.from_rank0(self.earlier)
+        self.owner = np.repeat(np.arange(len(starts)), predictions)  # the document of each position that is scored
+        self.offset = int(starts[0])
+        times = self.rt.sum(ledger[1].clone())[self.offset :][: len(self.owner)].cpu().numpy()
+        return np.flatnonzero(np.bincount(self.owner, times, len(starts)) < predictions)
+
+    def turn(self, ledger: Tensor, finished: np.ndarray) -> bool:
+        """After each turn: keep what is `finished` now and then; whether to go on. `Stopped` where a signal came."""
+        self.finished.append(finished)
+        now = self.rt.seconds(wait=bool(self.limit))
+        self.longest, self.mark = max(self.longest, now - self.mark), now
+        over = 0 < self.limit < self.earlier + now - self.began + self.longest
+        if now > self.due or over or self.rt.signal:
+            at = torch.from_numpy(np.flatnonzero(np.isin(self.owner, np.concatenate(self.finished))) + self.offset)
+            state = {"at": at, "entries": ledger[:, at.to(ledger.device)].cpu()}
+            save_state(self.path, state | {"seconds": 0.0 if self.rt.rank else now - self.began})
+            self.mark = self.rt.seconds()
+            self.due = self.mark + max(5.0, 50 * (self.mark - now))  # a fiftieth of the time, at most, goes into it
+        if self.rt.signal:
+            raise Stopped("the finished documents are kept")
+        return not over
+
+
+def fill_ledger(
+    model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
+) -> tuple[Tensor, int]:
     """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens.
 
     With targets, each document owns adapters that take one Adam step after each chunk that another one follows.
-    Documents are shared over the ranks by work, longest first, and run side by side as `plan_seats` has it. Returns the
-    `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
+    Documents are shared over the ranks by work, longest first, and run side by side as `plan_seats` has it; those that
+    `progress` knows are only copied. Returns the `ledger` of `Score.tally` and how many positions were computed, the
+    same on every rank.
     """
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
-    mine = share_documents(how.work(predictions), rt.world)[rt.rank]
+    ledger, computed = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
+    todo = progress.recall(ledger, starts, predictions) if progress else np.arange(len(starts))
+    mine = todo[share_documents(how.work(predictions[todo]), rt.world)[rt.rank]]
     model, seats = frozen(model), min(how.batch, len(mine))
     adapters = DocumentAdapters(model, how, seats, cfg.seed, rt) if how.targets else None
     memory = Memory(model, how, seats, rt) if how.stream else None
-    ledger, computed = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
     with rt.progress(int(chunks[mine].sum()), "evaluating") as bar:
         for documents, numbers in plan_seats(mine, chunks, seats):
             if len(fresh := np.flatnonzero(numbers == 0)):
@@ -1207,13 +1411,18 @@ def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Ru
             if bar.update(len(documents)):  # only when just redrawn, so that the device is seldom asked
                 bits, count = ledger[0].sum().item() / math.log(2), (ledger[1] * docs.bytes).sum().item()
                 bar.set_postfix_str(f"bpb:{bits / count:.4f}", refresh=False)
+            if progress and not progress.turn(ledger, documents[left <= how.chunk]):
+                break
     return rt.sum(ledger), int(rt.sum(torch.tensor(computed, device=rt.device)).item())
 
 
-def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> Score:
+def evaluate(
+    model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
+) -> Score:
     """The score of the whole validation stream under one condition, the same on every rank."""
-    ledger, computed = fill_ledger(model, docs, how, cfg, rt)
-    return Score.tally(ledger, docs, how, cfg.ttt_chunk_size, computed)
+    ledger, computed = fill_ledger(model, docs, how, cfg, rt, progress)
+    score = Score.tally(ledger, docs, how, cfg.ttt_chunk_size, limited=bool(progress and progress.limit))
+    return replace(score, computed=computed, seconds=progress.earlier if progress else 0.0)
 
 
 # ==== Audits: what makes a score worth believing ======================================================================
@@ -1298,7 +1507,7 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     try:  # once, on zeros, so that neither the compiler's time nor its failure falls into training
         forward(x, x).mean().backward()
     except Exception as error:  # no C++ compiler, an unsupported operator: eager trains the same way, slower
-        failure = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        failure = brief(error)
     model.zero_grad(set_to_none=True)
     if rt.sum(torch.tensor(float(bool(failure)), device=rt.device)).item():
         rt.log(f"compile:failed ({failure or 'on another rank'}); running eager")
@@ -1307,16 +1516,40 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     return forward
 
 
-class Trainer:
-    """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent."""
+def decisive(cfg: Config, rt: Runtime) -> dict[str, str]:
+    """The settings that decide the weights, by name; ranks and micro-steps count as their product, as tokens do."""
+    names = [f.name for f in fields(cfg)]
+    names = names[names.index("seed") : names.index("grad_clip_norm") + 1]
+    product = {"WORLD_SIZE x GRAD_ACCUM_STEPS": str(rt.world * cfg.grad_accum_steps), "DTYPE": str(rt.dtype)}
+    return {name.upper(): spell(getattr(cfg, name)) for name in names if name != "grad_accum_steps"} | product
 
-    def __init__(self, model: GPT, forward: Callable, stream: TokenStream, cfg: Config, rt: Runtime) -> None:
-        self.model, self.forward, self.stream, self.cfg, self.rt = model, forward, stream, cfg, rt
-        self.step, self.elapsed_ms, self.mark = 0, 0.0, 0.0
+
+def form(state: Any) -> Any:
+    """What a nest of dicts is made of: dtypes and shapes of its tensors, types of the rest."""
+    if isinstance(state, dict):
+        return {name: form(value) for name, value in state.items()}
+    return (state.dtype, state.shape) if isinstance(state, Tensor) else type(state)
+
+
+class Trainer:
+    """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent.
+
+    `run` names what a checkpoint must have in common with a training that goes on from it: settings and hashes.
+    """
+
+    def __init__(self, model: GPT, stream: TokenStream, cfg: Config, rt: Runtime, run: Mapping[str, str]) -> None:
+        self.model, self.forward, self.stream, self.cfg, self.rt, self.run = model, model, stream, cfg, rt, dict(run)
+        self.step, self.elapsed_ms, self.mark, self.saved_ms = 0, 0.0, 0.0, 0.0
         self.params = {name: p for name, p in model.named_parameters() if p.numel()}  # one layer: no skip weights
         # Step and place of the first gradient or weight that is not finite, as one number: on the device, seldom read.
         self.fault = self.no_fault = torch.tensor(2**62, device=rt.device)
         self.optimizers = build_optimizers(model, cfg, rt)
+
+    @property
+    def finished(self) -> bool:
+        """Whether ITERATIONS or MAX_WALLCLOCK_SECONDS are used up: the same on every rank."""
+        cap = 1000 * (self.cfg.max_wallclock_seconds or math.inf)
+        return self.step >= self.cfg.iterations or self.elapsed_ms >= cap
 
     def train_step(self) -> Tensor:
         """One optimizer step over TRAIN_BATCH_TOKENS. Returns this rank's mean loss, () fp32, still on the device."""
@@ -1349,14 +1582,62 @@ class Trainer:
             lost = f"the last good state is that after step {step}; nothing was exported"
             raise AgreedError(f"step {step + 1}: {what[place]} is not finite; {lost}; lower the learning rates")
 
+    def state(self) -> dict[str, Any]:
+        """All that the next steps depend on, the same on every rank. Tensors are the live ones, no copies."""
+        muon, adam = (optimizer.state_dict()["state"] for optimizer in self.optimizers)
+        state = {"model": self.model.state_dict(), "muon": muon, "adam": adam, "rng": torch.get_rng_state()}
+        counts = {name: getattr(self, name) for name in ("step", "elapsed_ms")}
+        return state | counts | {"position": self.stream.position, "run": self.run}
+
+    def restore(self, state: dict[str, Any], path: Path | None = None) -> None:
+        """Go on from what `state` once returned. `UserError` for another training's, naming what differs."""
+        if form(state) != form(self.state()):
+            raise UserError(f"{path}: found other tensors than this training has; expected one of its checkpoints")
+        if names := [name for name, value in state["run"].items() if value != self.run[name]]:
+            found, expected = (" ".join(f"{name}={run[name]:.64}" for name in names) for run in (state["run"], self.run))
+            raise UserError(f"{path}: found {found}, expected {expected}; set them back, or start anew without RESUME")
+        self.model.load_state_dict(state["model"])
+        for optimizer, name in zip(self.optimizers, ("muon", "adam"), strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state[name]})
+        torch.set_rng_state(state["rng"])
+        self.stream.position, self.step, self.elapsed_ms = (state[name] for name in ("position", "step", "elapsed_ms"))
+
+    def save(self) -> None:
+        """Rank 0 writes a checkpoint and keeps the last two of this run. A full disk ends no training."""
+        self.refuse_faults()
+        self.saved_ms = self.elapsed_ms
+        if self.rt.rank == 0:
+            try:
+                name = f"{self.rt.run_id}.step{self.step:07d}.pt"
+                save_state(Path(self.cfg.out_dir, "checkpoints", name), self.state())
+                for old in find_checkpoints(self.cfg, self.rt.run_id)[2:]:
+                    old.unlink()
+            except OSError as error:
+                self.rt.log(f"warning: no checkpoint after step {self.step}, the training goes on: {error}")
+
+    def resume(self) -> None:
+        """Go on from where RESUME says. `UserError` for a path that is no checkpoint; with `auto` the next is tried."""
+        auto = self.cfg.resume == "auto"
+        for path in find_checkpoints(self.cfg) if auto else [Path(self.cfg.resume)]:
+            try:
+                state = load_state(path)
+            except UserError as error:
+                if not auto:
+                    raise
+                self.rt.log(f"warning: skipped {error}")
+                continue
+            self.restore(state, path)
+            self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
+            return
+        self.rt.log("resume: found no checkpoint; starting anew")
+
     def warm_up(self) -> None:
         """WARMUP_STEPS real steps, which prime allocators and kernels; then everything goes back to the start."""
-        weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        start = copy.deepcopy(self.state())
         for _ in range(self.cfg.warmup_steps):
             self.train_step()
-        self.model.load_state_dict(weights)
-        self.optimizers = build_optimizers(self.model, self.cfg, self.rt)
-        self.stream.position, self.step, self.fault = 0, 0, self.no_fault
+        self.restore(start)
+        self.fault = self.no_fault
 
     def tick(self, now: float) -> None:
         """Count the time since the last tick as training time, by rank 0's clock on every rank."""
@@ -1370,12 +1651,14 @@ class Trainer:
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
-    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS, validating on the way; validation is outside the clock."""
+    """Train until the budget is used up, validating on the way, outside the clock. A signal raises `Stopped`."""
     cfg, rt, cap = trainer.cfg, trainer.rt, 1000 * (trainer.cfg.max_wallclock_seconds or math.inf)
-    trainer.warm_up()
-    trainer.mark = rt.seconds()
+    if not trainer.finished:
+        trainer.forward = compile_forward(trainer.model, cfg, rt)
+        trainer.warm_up()
+    trainer.mark, trainer.saved_ms = rt.seconds(), trainer.elapsed_ms
     with rt.progress(1.0, "training") as bar:
-        while trainer.step < cfg.iterations and trainer.elapsed_ms < cap:  # the same on every rank
+        while not trainer.finished:
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 trainer.tick(rt.seconds())
                 trainer.refuse_faults()
@@ -1387,6 +1670,11 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
                 trainer.refuse_faults()
             if cfg.train_log_every and (trainer.step <= 10 or trainer.step % cfg.train_log_every == 0):
                 trainer.report(f"train_loss:{rt.sum(loss).item() / rt.world:.4f}")
+            late = cfg.checkpoint_seconds and trainer.elapsed_ms - trainer.saved_ms >= 1000 * cfg.checkpoint_seconds
+            if late or rt.signal or (cfg.checkpoint_every and trainer.step % cfg.checkpoint_every == 0):
+                trainer.save()
+            if rt.signal:
+                raise Stopped(f"after step {trainer.step} of {cfg.iterations}")
             tokens = trainer.step * cfg.train_batch_tokens
             bar.set_postfix_str(f"{1000 * tokens / trainer.elapsed_ms:,.0f} tokens/s", refresh=False)
             bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap) - bar.n)  # the scarcer budget
@@ -1400,8 +1688,13 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
 # ==== Main: the order of events =======================================================================================
 
 
-def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | None, TokenStream, Documents]:
-    """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents). `UserError` for what is wrong there."""
+def load_inputs(
+    cfg: Config, rt: Runtime
+) -> tuple[Config, dict[str, Tensor] | None, TokenStream, Documents, dict[str, Any]]:
+    """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes). `UserError` for what is wrong.
+
+    The hashes of training shards are those that this rank has checked: the ranks share the reading.
+    """
     weights = read_weights(cfg.model_path) if cfg.model_path else None
     if weights is not None:
         cfg = shape_from_weights(weights, cfg, cfg.model_path)
@@ -1409,25 +1702,31 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
     train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
     shards = open_shards(cfg.data_path, "fineweb_val_*.bin")
     val, tokenizer = np.concatenate(shards), load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    for shard in (val, *train[rt.rank :: rt.world]):  # the ranks share the reading
+    mine = train[rt.rank :: rt.world]
+    for shard in (val, *mine):
         if (top := int(shard.max())) >= (most := cfg.vocab_size):
             raise UserError(f"{cfg.data_path}: token id {top}, expected ids below {most}; take its own tokenizer")
     table = ByteTable.build(tokenizer)
     docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
-    rt.log(f"sha256 tokenizer:{sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()}")
-    for path in (Path(shard.filename) for shard in shards):
-        rt.log(f"sha256 val:{sha256(path.read_bytes()).hexdigest()} {path.name}")
+    hashes = {"tokenizer": sha256(read_file(cfg.tokenizer_path)).hexdigest(), "val": "", "train": {}}
+    rt.log(f"sha256 tokenizer:{hashes['tokenizer']}")
+    for shard in shards:
+        digest, name = sha256(Path(shard.filename).read_bytes()).hexdigest(), Path(shard.filename).name
+        hashes["val"] += digest
+        rt.log(f"sha256 val:{digest} {name}")
+    hashes["train"] = {Path(shard.filename).name: sha256(shard).hexdigest() for shard in mine}
     audit_bytes(docs, table, tokenizer, rt)
-    return cfg, weights, TokenStream(train), docs
+    return cfg, weights, TokenStream(train), docs, hashes
 
 
-def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime) -> None:
+def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping[str, str]) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
-    scores, rungs = {}, ladder(docs, cfg, rt)
+    scores, rungs, used = {}, ladder(docs, cfg, rt), []
     rt.together(lambda: load_weights(model, read_weights(path), path))
     blob = path.read_bytes()
     headroom = SUBMISSION_BUDGET - len(blob) - len(source_code().encode())
-    rt.log(f"sha256 artifact:{sha256(blob).hexdigest()} {path.name}")
+    artifact = sha256(blob).hexdigest()
+    rt.log(f"sha256 artifact:{artifact} {path.name}")
     verdict = "PASS" if headroom >= 0 else "FAIL"
     rt.log(f"submission_size:{SUBMISSION_BUDGET - headroom} budget:{SUBMISSION_BUDGET} headroom:{headroom} {verdict}")
     for name, how in ((name, rungs[name]) for name in cfg.eval):
@@ -1435,13 +1734,19 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
             rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
+        key = repr((artifact, hashes, source_code(), how, cfg.seed, rt.dtype, cfg.max_val_docs))
+        stem = Path(cfg.out_dir, "checkpoints", f"{name}-{sha256(key.encode()).hexdigest()[:16]}")
+        used.append(Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
         began = rt.seconds()
-        score = scores[name] = evaluate(model, docs, how, cfg, rt)
-        spent, (_, tokens, size) = 1000 * (rt.seconds() - began), score.totals
+        score = scores[name] = evaluate(model, docs, how, cfg, rt, used[-1])
+        spent, (_, tokens, size) = 1000 * (rt.seconds() - began + score.seconds), score.totals
+        rt.suffix = " partial" if cfg.max_val_docs or score.missing else ""
         delta, count = score.bpb - scores[cfg.eval[0]].bpb, len(np.unique(score.columns["doc"].clip(0)))
         counts, before = f"docs:{count} tokens:{tokens} bytes:{size}", int(docs.starts[0]) if how.isolated else 0
-        after, targets = len(docs.tokens) - 1 - before - tokens, len(docs.tokens) - 1 + docs.beyond
+        targets = len(docs.tokens) - 1 + docs.beyond
+        after = targets - docs.beyond - before - tokens - score.missing
         left_out = f"before_first_bos:{before} after_last_row:{after} beyond_max_val_docs:{docs.beyond}"
+        left_out += f" out_of_time:{score.missing}" if score.missing else ""
         rt.log(f"audit coverage: condition:{name} targets:{targets} scored_once:{tokens} {left_out} PASS")
         rt.log(f"{name} positions:{score.computed}/{how.work(how.spans(docs)[1]).sum()}")
         losses = f"val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f} delta_bpb:{delta:+.4f}"
@@ -1452,12 +1757,17 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
             rt.log(f"{how.final}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     if cfg.scores_path:
         rt.together(lambda: write_scores(Path(cfg.out_dir, cfg.scores_path), scores, rt))
+    if rt.rank == 0 and not any(score.missing for score in scores.values()):
+        for path in (path for progress in used for path in progress.files()):
+            path.unlink()
 
 
 def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
-    cfg, weights, stream, docs = rt.together(lambda: load_inputs(cfg, rt))
+    cfg, weights, stream, docs, hashes = rt.together(lambda: load_inputs(cfg, rt))
     rt.log(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()} documents_of_one_token:{docs.short}")
+    every = functools.reduce(operator.or_, rt.gather(hashes["train"]))
+    hashes["train"] = sha256(repr(sorted(every.items())).encode()).hexdigest()
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.dtype).to(rt.device)
     if weights is not None:
@@ -1467,29 +1777,40 @@ def run(cfg: Config, rt: Runtime) -> None:
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")
     artifact, flat = Path(cfg.model_path), ladder(docs, cfg, rt)["flat"]
     if not cfg.eval_only:
-        trainer = Trainer(model, compile_forward(model, cfg, rt), stream, cfg, rt)
+        trainer = Trainer(model, stream, cfg, rt, decisive(cfg, rt) | hashes)
+        if cfg.resume:
+            rt.together(trainer.resume)
         train(trainer, lambda: evaluate(model, docs, flat, cfg, rt))
+        trainer.save()
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
         artifact = rt.together(lambda: export(model, cfg, rt))
     if not cfg.eval_only:
         trainer.report(str(evaluate(model, docs, flat, cfg, rt)))
-    score_artifact(model, artifact, docs, cfg, rt)
+    score_artifact(model, artifact, docs, cfg, rt, hashes)
 
 
 def main() -> int:
-    """The program. Returns its exit status."""
+    """The program. Returns its exit status: 0, 1 for an error, 75 where a signal has stopped it."""
     rt, status, agreed = None, 0, True
     try:
         cfg = read_config(os.environ)
         rt = Runtime.create(cfg, os.environ)
+        rt.listen()
         run(cfg, rt)
-    except (UserError, OSError) as error:
-        status, agreed = 1, isinstance(error, AgreedError)
+    except Exception as error:
+        known, agreed = isinstance(error, (UserError, OSError, Stopped)), isinstance(error, AgreedError)
+        line = " ".join(str(error).split()) if known else brief(error)
+        line = line if agreed or not rt or rt.world == 1 else f"rank {rt.rank}: {line}"
+        if stopped := rt is not None and rt.signal:  # so has been a rank that lost another one, which left before it
+            line = f"stopped by {signal.Signals(rt.signal).name}: {line}; go on with RESUME=auto and the same settings"
+        line, status = line if stopped else f"error: {line}", 75 if stopped else 1
         if os.environ.get("RANK", "0") == "0" or not agreed:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if rt is not None:
+            print(line, file=sys.stderr, flush=True)
+        if rt and not (agreed and rt.rank):
             with contextlib.suppress(OSError):  # a full disk takes no last line
-                rt.log(f"error: {error}", console=False)
+                rt.log(line, console=False)
+        if not known and not stopped:
+            traceback.print_exc()
     if agreed and dist.is_initialized():  # else another rank may be waiting for this one, and leaving would wait for it
         dist.destroy_process_group()
         time.sleep(0.1)  # gloo's threads need the interpreter to drop their last tensors, and abort when it is gone

@@ -50,7 +50,7 @@ class Bench:
         cfg = tg.read_config(env)
         with tempfile.TemporaryDirectory() as folder:  # for a log that nobody reads
             rt = replace(tg.Runtime.create(replace(cfg, out_dir=folder), {}), log_path=None)
-        cfg, weights, _, documents = tg.load_inputs(cfg, rt)
+        cfg, weights, _, documents, _ = tg.load_inputs(cfg, rt)
         model = tg.GPT(cfg, rt.dtype)
         tg.load_weights(model, weights, artifact)
         return cls(model, documents, cfg, rt)

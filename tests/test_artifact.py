@@ -84,7 +84,8 @@ def test_round_trip_restores_names_shapes_and_dtypes():
 def test_a_scalar_scale_is_read():
     """The published writer gives large tensors that are not matrices one fp32 scale."""
     content = {"quantized": {"v": torch.tensor([2, -3], dtype=torch.int8)}, "scales": {"v": torch.tensor(0.5)},
-               "dtypes": {"v": "float32"}, "passthrough": {}, "passthrough_orig_dtypes": {}}  # fmt: skip
+               "dtypes": {"v": "float32"}, "passthrough": {}, "passthrough_orig_dtypes": {},
+               "__quant_format__": "int8_clean_per_row_v1"}  # fmt: skip
     assert tg.dequantize_state(content)["v"].tolist() == [1.0, -1.5]
 
 

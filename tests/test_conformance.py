@@ -20,7 +20,7 @@ def artifact():
            "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"), "EVAL_ONLY": "1",
            "DTYPE": "bfloat16", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}  # fmt: skip
     rt = tg.Runtime(CPU, torch.bfloat16)
-    cfg, weights, _, docs = tg.load_inputs(tg.read_config(env), rt)
+    cfg, weights, _, docs, _ = tg.load_inputs(tg.read_config(env), rt)
     model = tg.GPT(cfg, rt.dtype)
     tg.load_weights(model, weights, "artifact")
     return model, docs, cfg, rt

@@ -15,7 +15,7 @@ def make_trainer(cfg, rt, tokens=None, seed=0):
     torch.manual_seed(seed)
     tokens = torch.randint(4, 96, (5000,)).numpy().astype("uint16") if tokens is None else tokens
     model = tiny_model(cfg, rt)
-    return tg.Trainer(model, model, tg.TokenStream([tokens]), cfg, rt)
+    return tg.Trainer(model, tg.TokenStream([tokens]), cfg, rt, {})
 
 
 def test_ten_golden_steps(rt):
@@ -26,7 +26,7 @@ def test_ten_golden_steps(rt):
     model = tg.GPT(tg.shape_from_weights(state, cfg, "init.pt"), rt.dtype)
     tg.load_weights(model, state, "init.pt")
     stream = tg.TokenStream(tg.open_shards(str(CONFORMANCE), "fineweb_train_*.bin"))
-    trainer = tg.Trainer(model, model, stream, cfg, rt)
+    trainer = tg.Trainer(model, stream, cfg, rt, {})
     losses = [trainer.train_step().item() for _ in range(10)]
     assert losses == pytest.approx(GOLDEN["train_loss"], abs=GOLDEN["tolerance"])
 
