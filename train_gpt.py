@@ -10,19 +10,8 @@ UTF-8 byte of the validation text; lower is better. The `ladder` lines at the en
 disk under the conditions that EVAL names; under `ttt` every document teaches its own throw-away adapters. The `audit`
 lines are checks that stop the run when they fail.
 
-Contents, in reading order; each band leans only on those above it:
-    config        what can be set, and the reader that refuses what it cannot use
-    runtime       the one place that knows devices, ranks, clocks and log files
-    byte metric   the UTF-8 bytes that a token stands for
-    data          shards, the training stream, the validation documents
-    model         the GPT; its forward returns one loss per token
-    optimizers    Muon for matrices, Adam for the rest, and the schedule
-    artifact      int8 + zlib, written and read
-    adapters      per-document low-rank adapters and their batched Adam
-    evaluation    the ladder of conditions: score first, learn after, forget at the end
-    audits        bytes against the decoded text, scores against altered futures
-    training      warm-up, steps, wallclock
-    main          the order of events
+In reading order, each band leaning only on those above it: config, runtime, byte metric, data, model, optimizers,
+artifact, adapters, evaluation, audits, training, main.
 
 Shapes: B rows (sequences or documents), T tokens of input, S scored positions, D model dim, H heads, N head dim,
 R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats.
@@ -39,7 +28,6 @@ import functools
 import io
 import itertools
 import math
-import operator
 import os
 import platform
 import re
@@ -77,10 +65,6 @@ class UserError(ValueError):
 
 class AgreedError(UserError):
     """A `UserError` that every rank raises alike, so that rank 0 alone shows it."""
-
-
-class Stopped(Exception):
-    """The end of a run that a signal asked for: what is done is on the disk, the message says how to go on."""
 
 
 def _opt(default: Any, unit: str, least: float = -1e18, most: float = 1e18, choices: tuple[str, ...] = ()) -> Any:
@@ -181,7 +165,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
-    several, least, most, choices = isinstance(spec.default, tuple), *map(spec.metadata.get, ("least", "most", "choices"))
+    several, choices = isinstance(spec.default, tuple), spec.metadata["choices"]
+    least, most = spec.metadata["least"], spec.metadata["most"]
     defaults, texts = (spec.default, text.split(",")) if several else ((spec.default,), [text])
     kind, count = type(defaults[0]), len(defaults)
     expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "one of"}[kind]
@@ -236,34 +221,24 @@ def check_config(cfg: Config, world: int) -> None:
     for holds, line in (
         (re.fullmatch(f"({name})?", cfg.run_id),
          f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it"),
-        (re.fullmatch(rf"({name}\.csv)?", cfg.scores_path),
+        (re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not Path(cfg.out_dir, cfg.scores_path or "?").is_dir(),
          f"SCORES_PATH={cfg.scores_path!r}: expected the name of a file in OUT_DIR, ending in .csv; rename it"),
         (cfg.model_path or not cfg.eval_only,
          "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH"),
         (cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
-         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size}: expected at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}, the window"
-         " that a chunk is scored in; lower the first or raise the second"),
+         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size}: expected at most the window TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
         (cfg.model_dim % (2 * cfg.num_heads) == 0,
-         f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, since NUM_HEADS={cfg.num_heads} and"
-         " rotary embedding needs an even head dim"),
+         f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, an even dim for each of NUM_HEADS"),
         (cfg.num_heads % cfg.num_kv_heads == 0,
          f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads}; change one of them"),
         (count_parameters(cfg) <= 1e9,
-         f"MODEL_DIM={cfg.model_dim}, NUM_LAYERS={cfg.num_layers}, MLP_MULT={cfg.mlp_mult}: found a model of"
-         f" {count_parameters(cfg)} parameters, expected at most 1e9; lower them"),
+         f"MODEL_DIM, NUM_LAYERS, MLP_MULT: found a model of {count_parameters(cfg)} parameters, expected at most 1e9"),
         (cfg.eval_only or cfg.train_batch_tokens % unit == 0,
          f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
          f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is {nearest}"),
     ):  # fmt: skip
         if not holds:
             raise AgreedError(line)
-
-
-def lookalikes(env: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(variable, the setting that it may have been meant for) of the environment's near misses."""
-    ours = [f.name.upper() for f in fields(Config)]
-    nearest = {name: difflib.get_close_matches(name, ours, 1, 0.85) for name in env if name not in ours}
-    return [(name, found[0]) for name, found in nearest.items() if found]
 
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
@@ -277,21 +252,21 @@ class Runtime:
     dtype: torch.dtype  # of matrix products and attention
     rank: int = 0
     world: int = 1
+    run_id: str = ""
     log_path: Path | None = None
     noise: float = 0.0  # nats by which a score may differ if computed twice: on CPUs kernels repeat to the bit
     suffix: str = ""  # " partial" when only some documents are evaluated, so that no line can be mistaken
-    run_id: str = ""
     signal: int = 0  # the one that asked this run to stop, on some rank; 0: none did
+    heard: float = math.inf  # when this rank heard it
 
     @classmethod
     def create(cls, cfg: Config, env: Mapping[str, str]) -> Runtime:
         """Claim the device and join the other ranks that torchrun started. `AgreedError` where GPUs are lacking."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        rank, world, local = (_parse(name, env.get(name, "0"), _opt(0, "", 0)) for name in names)
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, world, local, here = (_parse(name, env.get(name, "0"), _opt(0, "", 0)) for name in names)
         rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1)
         if cfg.device == "cuda":
-            needed, found = int(env.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-            if needed > found:
+            if (needed := here or 1) > (found := torch.cuda.device_count()):
                 raise AgreedError(f"DEVICE=cuda: {needed} ranks on this machine, found {found} GPUs; start fewer ranks")
             rt.device = torch.device("cuda", local)
             torch.cuda.set_device(rt.device)
@@ -317,61 +292,53 @@ class Runtime:
         return rt
 
     def open_log(self, cfg: Config, env: Mapping[str, str]) -> None:
-        """Start the log file with what identifies the run, this script first. `OSError` where it cannot be written."""
+        """Claim the log file and start it with what identifies the run, this script first. `UserError`, `OSError`."""
         for folder in ("logs", "checkpoints"):
             Path(cfg.out_dir, folder).mkdir(parents=True, exist_ok=True)
-        self.claim_log()
+        self.lock = self.log_path.open("a")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # not a file system that cannot lock
+                line = f"RUN_ID={self.run_id}: found a run that is writing {self.log_path}, expected none"
+                raise UserError(f"{line}; choose another RUN_ID or OUT_DIR, or wait for its end") from None
+        if self.lock.tell():  # the log of an earlier run of that name gets a number
+            names = (self.log_path.with_suffix(f".{number}.txt") for number in itertools.count(1))
+            write_atomically(next(path for path in names if not path.exists()), self.log_path.read_bytes())
+            self.lock.truncate(0)
         settings = {f.name.upper(): shlex.quote(spell(getattr(cfg, f.name))) for f in fields(cfg)}
-        given = [f"{name}={shlex.quote(env[name])}" for name in settings if name in env]
+        given = "".join(f"{name}={shlex.quote(env[name])} " for name in settings if name in env)
         launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
-        rule, versions = "=" * 100, f"numpy:{np.__version__} sentencepiece:{sentencepiece.__version__}"
-        head = [source_code(), rule, f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}"]
-        info = Path("/proc/cpuinfo")
-        cpu = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+        info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        cpu = re.search(r"model name\s*:\s*(.+)", info)
         device = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
             device = f"{torch.cuda.device_count()} x {name}, CUDA {torch.version.cuda}"
-        head += [device, rule, time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
-        head += [" ".join(["command:", *given, launcher, "train_gpt.py"])]
-        head += ["config: " + " ".join(f"{name}={value}" for name, value in settings.items())]
-        head += [f"versions: python:{platform.python_version()} torch:{torch.__version__} {versions}"]
-        self.log("\n".join(head), console=False)
-        dtype, why = choose_dtype(cfg)
+        rule, (dtype, why) = "=" * 100, choose_dtype(cfg)
+        versions = f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__}"
+        for line in (
+            f"{source_code()}\n{rule}\nRunning Python {sys.version}",
+            f"Running PyTorch {torch.__version__}\n{device}\n{rule}",
+            time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            f"command: {given}{launcher} train_gpt.py",
+            "config: " + " ".join(f"{name}={value}" for name, value in settings.items()),
+            f"versions: {versions} sentencepiece:{sentencepiece.__version__}",
+        ):
+            self.log(line, console=False)
         self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
         self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
         self.log(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
-        for name, meant in lookalikes(env):
-            self.log(f"warning: {name} is no setting of this script; {meant} is")
+        for name in sorted(env.keys() - settings.keys()):
+            for meant in difflib.get_close_matches(name, settings, 1, 0.85):
+                self.log(f"warning: {name} is no setting of this script; {meant} is")
 
-    def claim_log(self) -> None:
-        """Lock the log for as long as this process lives. The log of an earlier run of that name gets a number."""
-        while True:
-            self.lock = self.log_path.open("a")
-            with contextlib.suppress(OSError):  # some file systems cannot lock
-                try:
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    line = f"RUN_ID={self.run_id}: found a run that is writing {self.log_path}, expected none"
-                    raise UserError(f"{line}; choose another RUN_ID or OUT_DIR, or wait for its end") from None
-            if not os.fstat(self.lock.fileno()).st_size:
-                return
-            paths = (self.log_path.with_suffix(f".{number}.txt") for number in itertools.count(1))
-            self.log_path.rename(next(path for path in paths if not path.exists()))
-
-    def listen(self) -> None:
-        """Let the first SIGTERM or SIGINT ask for an end at the next good moment, and the second one be the end."""
-        began = [0.0]
-
-        def hear(number: int, _: Any) -> None:
-            if self.signal and time.monotonic() - began[0] > 0.5:  # torchrun repeats at once what a terminal sends
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            elif not self.signal:
-                self.signal, began[0] = number, time.monotonic()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, hear)
+    def hear(self, number: int, _: Any = None) -> None:
+        """A signal handler: the first one asks the run to stop at the next good moment, a second one ends it."""
+        if time.monotonic() - self.heard > 0.5:  # torchrun repeats at once what a terminal sends to all
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal, self.heard = number, min(self.heard, time.monotonic())
 
     def log(self, text: str, console: bool = True) -> None:
         """Write to the log file and, unless told otherwise, to standard output, where only rank 0 speaks."""
@@ -422,15 +389,15 @@ class Runtime:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def from_rank0(self, value: float) -> float:
-        """Rank 0's `value`, on every rank: replicas that read their own clocks would drift apart.
+        """Rank 0's `value`, not negative, on every rank: replicas that read their own clocks would drift apart.
 
         A signal that one rank has heard is from then on known to all: they stop after the same step.
         """
         box = torch.tensor([0.0 if self.rank else value, self.signal], dtype=torch.float64, device="cpu")
         if self.world > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX)
-        value, self.signal = box[0].item(), int(box[1])
-        return value
+        self.signal = int(box[1])
+        return box[0].item()
 
     def seconds(self, wait: bool = True) -> float:
         """The clock, read when the device has done all that was asked of it unless told not to `wait`."""
@@ -501,17 +468,12 @@ def read_file(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def brief(error: Exception) -> str:
-    """Kind and first line of an error."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-
-
-def unpack(blob: bytes) -> Any:
+def unpack(blob: bytes | memoryview) -> Any:
     """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make."""
     entries = zipfile.ZipFile(io.BytesIO(blob)).infolist()
-    sizes = [entry.file_size for entry in entries if entry.filename.endswith(".pkl")]
-    if sum(entry.file_size for entry in entries) > len(blob) or max(sizes) > 2**21:  # pickles are slow to read
-        raise ValueError("it unpacks to more than it holds")
+    slow = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
+    if sum(entry.file_size for entry in entries) > len(blob) or slow > 2**21:
+        raise ValueError("it unpacks to more than it may")
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
 
@@ -529,7 +491,7 @@ def load_state(path: Path) -> dict[str, Any]:
             raise ValueError("damaged or cut short")
         return unpack(blob[32:])
     except Exception as error:  # whatever the file system, zipfile and torch.load find wrong
-        raise UserError(f"{path}: no usable checkpoint ({brief(error)}); expected one that this script wrote") from None
+        raise UserError(f"{path}: unusable ({error!r:.160}); expected a checkpoint of this script") from None
 
 
 def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
@@ -987,7 +949,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             if not isinstance(name, str) or tensor.dtype not in FLOATS.values() or not tensor.isfinite().all():
                 raise ValueError(f"{name!r:.80} does not name finite floats")
     except Exception as error:  # whatever the file system, zlib and torch.load find wrong with a stranger's file
-        raise UserError(f"{path}: unusable ({brief(error)}); expected an artifact (.ptz) or a state dict (.pt)") from None
+        raise UserError(f"{path}: unusable ({error!r:.200}); expected an artifact (.ptz) or state dict (.pt)") from None
     return state
 
 
@@ -1005,7 +967,7 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
         if needed > 2 * held:  # before the model is built: a few hundred bytes can claim to be of any shape
             raise ValueError(f"{held} numbers where a model of its shape has {needed}")
     except (KeyError, ValueError, ZeroDivisionError, TypeError) as error:
-        raise UserError(f"{path}: not the weights of this model ({brief(error)}); expected its tensor names") from None
+        raise UserError(f"{path}: not the weights of this model ({error!r:.160}); expected its tensor names") from None
     return found
 
 
@@ -1136,9 +1098,9 @@ class Score:
     """Cross-entropy of scored tokens, in columns with one entry for each piece of a document that has any."""
 
     columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
-    computed: int = 0  # positions that went through the model; `Condition.work` says how many had to
     missing: int = 0  # positions that the time did not suffice for
-    seconds: float = 0.0  # that earlier attempts spent
+    computed: int = 0  # positions that went through the model; `Condition.work` says how many had to
+    seconds: float = 0.0  # spent on it, earlier attempts included
 
     @classmethod
     def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, limited: bool = False) -> Score:
@@ -1167,7 +1129,7 @@ class Score:
             raise AgreedError("audit coverage: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
         columns = dict(doc=doc, chunk=start // size, start=start, tokens=tokens, bytes=count, loss_nats=nats)
-        return cls({name: column[tokens > 0] for name, column in columns.items()}, missing=missing)
+        return cls({name: column[tokens > 0] for name, column in columns.items()}, missing)
 
     @functools.cached_property
     def totals(self) -> tuple[float, int, int]:
@@ -1331,8 +1293,8 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
 class Progress:
     """Documents that an evaluation has finished, kept on disk for the next attempt; and its seconds, if limited.
 
-    Every rank of every attempt writes a file of its own, and rank 0 reads them all. Their names begin with `stem`, which
-    holds a hash of all that decides the scores: a file that is found fits.
+    Every rank of every attempt writes a file of its own, and rank 0 reads them all. Their names begin with `stem`,
+    which holds a hash of all that decides the scores: a file that is found fits.
     """
 
     def __init__(self, stem: Path, limit: float, rt: Runtime) -> None:
@@ -1371,7 +1333,7 @@ class Progress:
             self.mark = self.rt.seconds()
             self.due = self.mark + max(5.0, 50 * (self.mark - now))  # a fiftieth of the time, at most, goes into it
         if self.rt.signal:
-            raise Stopped("the finished documents are kept")
+            raise UserError("finished documents are kept")
         return not over
 
 
@@ -1420,9 +1382,11 @@ def evaluate(
     model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
 ) -> Score:
     """The score of the whole validation stream under one condition, the same on every rank."""
+    began = rt.seconds()
     ledger, computed = fill_ledger(model, docs, how, cfg, rt, progress)
     score = Score.tally(ledger, docs, how, cfg.ttt_chunk_size, limited=bool(progress and progress.limit))
-    return replace(score, computed=computed, seconds=progress.earlier if progress else 0.0)
+    seconds = rt.seconds() - began + (progress.earlier if progress else 0.0)
+    return replace(score, computed=computed, seconds=seconds)
 
 
 # ==== Audits: what makes a score worth believing ======================================================================
@@ -1500,50 +1464,47 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     if cfg.compile == "0" or (cfg.compile == "auto" and rt.device.type == "cpu" and not long):
         return model
     rt.log("compile:started")
-    began, failure = rt.seconds(), ""
-    forward = torch.compile(model, dynamic=False, fullgraph=True)
+    began, failure, forward = rt.seconds(), "", torch.compile(model, dynamic=False, fullgraph=True)
     rows = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len)
     x = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
     try:  # once, on zeros, so that neither the compiler's time nor its failure falls into training
         forward(x, x).mean().backward()
     except Exception as error:  # no C++ compiler, an unsupported operator: eager trains the same way, slower
-        failure = brief(error)
+        failure = f"{error!r:.160}"
     model.zero_grad(set_to_none=True)
-    if rt.sum(torch.tensor(float(bool(failure)), device=rt.device)).item():
-        rt.log(f"compile:failed ({failure or 'on another rank'}); running eager")
+    if any(failures := rt.gather(failure)):
+        rt.log(f"compile:failed ({max(failures)}); running eager")
         return model
     rt.log(f"compile:done time:{rt.seconds() - began:.1f}s")
     return forward
 
 
-def decisive(cfg: Config, rt: Runtime) -> dict[str, str]:
-    """The settings that decide the weights, by name; ranks and micro-steps count as their product, as tokens do."""
-    names = [f.name for f in fields(cfg)]
-    names = names[names.index("seed") : names.index("grad_clip_norm") + 1]
-    product = {"WORLD_SIZE x GRAD_ACCUM_STEPS": str(rt.world * cfg.grad_accum_steps), "DTYPE": str(rt.dtype)}
-    return {name.upper(): spell(getattr(cfg, name)) for name in names if name != "grad_accum_steps"} | product
-
-
-def form(state: Any) -> Any:
-    """What a nest of dicts is made of: dtypes and shapes of its tensors, types of the rest."""
-    if isinstance(state, dict):
-        return {name: form(value) for name, value in state.items()}
-    return (state.dtype, state.shape) if isinstance(state, Tensor) else type(state)
-
-
 class Trainer:
     """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent.
 
-    `run` names what a checkpoint must have in common with a training that goes on from it: settings and hashes.
+    A checkpoint holds all of it, and `identity`: the settings and hashes that a training must share to go on from it.
     """
 
-    def __init__(self, model: GPT, stream: TokenStream, cfg: Config, rt: Runtime, run: Mapping[str, str]) -> None:
-        self.model, self.forward, self.stream, self.cfg, self.rt, self.run = model, model, stream, cfg, rt, dict(run)
+    def __init__(self, model: GPT, stream: TokenStream, cfg: Config, rt: Runtime, hashes: Mapping[str, str]) -> None:
+        self.model, self.forward, self.stream, self.cfg, self.rt = model, model, stream, cfg, rt
         self.step, self.elapsed_ms, self.mark, self.saved_ms = 0, 0.0, 0.0, 0.0
         self.params = {name: p for name, p in model.named_parameters() if p.numel()}  # one layer: no skip weights
         # Step and place of the first gradient or weight that is not finite, as one number: on the device, seldom read.
         self.fault = self.no_fault = torch.tensor(2**62, device=rt.device)
         self.optimizers = build_optimizers(model, cfg, rt)
+        names = [f.name for f in fields(cfg)]
+        names = names[names.index("seed") : names.index("grad_clip_norm") + 1]
+        shared = {"grad_accum_steps": rt.world * cfg.grad_accum_steps, "dtype": rt.dtype}  # ranks share micro-steps
+        decisive = {name: getattr(cfg, name) for name in names} | shared | hashes
+        self.identity = {name.upper(): spell(value) for name, value in decisive.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors that training changes, by name; they are the same on every rank."""
+        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for optimizer in self.optimizers:
+            for i, state in enumerate(optimizer.state.values()):
+                named |= {f"{type(optimizer).__name__}.{i}.{name}": tensor for name, tensor in state.items()}
+        return named
 
     @property
     def finished(self) -> bool:
@@ -1582,62 +1543,57 @@ class Trainer:
             lost = f"the last good state is that after step {step}; nothing was exported"
             raise AgreedError(f"step {step + 1}: {what[place]} is not finite; {lost}; lower the learning rates")
 
-    def state(self) -> dict[str, Any]:
-        """All that the next steps depend on, the same on every rank. Tensors are the live ones, no copies."""
-        muon, adam = (optimizer.state_dict()["state"] for optimizer in self.optimizers)
-        state = {"model": self.model.state_dict(), "muon": muon, "adam": adam, "rng": torch.get_rng_state()}
-        counts = {name: getattr(self, name) for name in ("step", "elapsed_ms")}
-        return state | counts | {"position": self.stream.position, "run": self.run}
-
-    def restore(self, state: dict[str, Any], path: Path | None = None) -> None:
-        """Go on from what `state` once returned. `UserError` for another training's, naming what differs."""
-        if form(state) != form(self.state()):
-            raise UserError(f"{path}: found other tensors than this training has; expected one of its checkpoints")
-        if names := [name for name, value in state["run"].items() if value != self.run[name]]:
-            found, expected = (" ".join(f"{name}={run[name]:.64}" for name in names) for run in (state["run"], self.run))
-            raise UserError(f"{path}: found {found}, expected {expected}; set them back, or start anew without RESUME")
-        self.model.load_state_dict(state["model"])
-        for optimizer, name in zip(self.optimizers, ("muon", "adam"), strict=True):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state[name]})
-        torch.set_rng_state(state["rng"])
-        self.stream.position, self.step, self.elapsed_ms = (state[name] for name in ("position", "step", "elapsed_ms"))
+    def warm_up(self) -> None:
+        """WARMUP_STEPS real steps, which prime allocators and kernels; then everything goes back to the start."""
+        start = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        step, position = self.step, self.stream.position
+        for _ in range(self.cfg.warmup_steps):
+            self.train_step()
+        for name, tensor in self.tensors().items():
+            tensor.copy_(start[name])
+        self.stream.position, self.step, self.fault = position, step, self.no_fault
 
     def save(self) -> None:
         """Rank 0 writes a checkpoint and keeps the last two of this run. A full disk ends no training."""
         self.refuse_faults()
-        self.saved_ms = self.elapsed_ms
-        if self.rt.rank == 0:
-            try:
-                name = f"{self.rt.run_id}.step{self.step:07d}.pt"
-                save_state(Path(self.cfg.out_dir, "checkpoints", name), self.state())
+        self.saved_ms, folder = self.elapsed_ms, Path(self.cfg.out_dir, "checkpoints")
+        state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state()}
+        state["counts"] = [self.step, self.elapsed_ms, self.stream.position]
+        try:
+            if self.rt.rank == 0:
+                save_state(folder / f"{self.rt.run_id}.step{self.step:07d}.pt", state)
                 for old in find_checkpoints(self.cfg, self.rt.run_id)[2:]:
                     old.unlink()
-            except OSError as error:
-                self.rt.log(f"warning: no checkpoint after step {self.step}, the training goes on: {error}")
+        except OSError as error:
+            self.rt.log(f"warning: no checkpoint after step {self.step}, the training goes on: {error}")
 
     def resume(self) -> None:
-        """Go on from where RESUME says. `UserError` for a path that is no checkpoint; with `auto` the next is tried."""
-        auto = self.cfg.resume == "auto"
-        for path in find_checkpoints(self.cfg) if auto else [Path(self.cfg.resume)]:
+        """Go on from where RESUME says; `auto` passes over damaged files. `UserError` for what does not fit."""
+        named, state = [Path(self.cfg.resume)] if self.cfg.resume != "auto" else [], None
+        for path in named or find_checkpoints(self.cfg):
             try:
                 state = load_state(path)
+                break
             except UserError as error:
-                if not auto:
+                if named:
                     raise
                 self.rt.log(f"warning: skipped {error}")
-                continue
-            self.restore(state, path)
-            self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
-            return
-        self.rt.log("resume: found no checkpoint; starting anew")
-
-    def warm_up(self) -> None:
-        """WARMUP_STEPS real steps, which prime allocators and kernels; then everything goes back to the start."""
-        start = copy.deepcopy(self.state())
-        for _ in range(self.cfg.warmup_steps):
-            self.train_step()
-        self.restore(start)
-        self.fault = self.no_fault
+        if state is None:
+            return self.rt.log("resume: found no checkpoint; starting anew")
+        try:
+            theirs, tensors, (step, elapsed, position) = state["identity"], state["tensors"], state["counts"]
+            for name, value in self.identity.items():
+                if theirs.get(name) != value:
+                    raise ValueError(f"{name} is {value}, was {theirs.get(name)}")
+            for name, tensor in self.tensors().items():
+                if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
+                    raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
+                tensor.copy_(tensors[name])
+            torch.set_rng_state(state["rng"])
+            self.step, self.elapsed_ms, self.stream.position = int(step), float(elapsed), int(position)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: does not fit this run ({error!r:.300}); set it back, or leave out RESUME") from None
+        self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
 
     def tick(self, now: float) -> None:
         """Count the time since the last tick as training time, by rank 0's clock on every rank."""
@@ -1651,7 +1607,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
-    """Train until the budget is used up, validating on the way, outside the clock. A signal raises `Stopped`."""
+    """Train until the budget is used up, validating on the way, outside the clock. `AgreedError` after a signal."""
     cfg, rt, cap = trainer.cfg, trainer.rt, 1000 * (trainer.cfg.max_wallclock_seconds or math.inf)
     if not trainer.finished:
         trainer.forward = compile_forward(trainer.model, cfg, rt)
@@ -1674,7 +1630,7 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
             if late or rt.signal or (cfg.checkpoint_every and trainer.step % cfg.checkpoint_every == 0):
                 trainer.save()
             if rt.signal:
-                raise Stopped(f"after step {trainer.step} of {cfg.iterations}")
+                raise AgreedError(f"after step {trainer.step} of {cfg.iterations}")
             tokens = trainer.step * cfg.train_batch_tokens
             bar.set_postfix_str(f"{1000 * tokens / trainer.elapsed_ms:,.0f} tokens/s", refresh=False)
             bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap) - bar.n)  # the scarcer budget
@@ -1688,12 +1644,10 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
 # ==== Main: the order of events =======================================================================================
 
 
-def load_inputs(
-    cfg: Config, rt: Runtime
-) -> tuple[Config, dict[str, Tensor] | None, TokenStream, Documents, dict[str, Any]]:
+def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | None, TokenStream, Documents, dict]:
     """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes). `UserError` for what is wrong.
 
-    The hashes of training shards are those that this rank has checked: the ranks share the reading.
+    The ranks share the reading of the training shards: each has the hashes of some.
     """
     weights = read_weights(cfg.model_path) if cfg.model_path else None
     if weights is not None:
@@ -1702,31 +1656,29 @@ def load_inputs(
     train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
     shards = open_shards(cfg.data_path, "fineweb_val_*.bin")
     val, tokenizer = np.concatenate(shards), load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    mine = train[rt.rank :: rt.world]
-    for shard in (val, *mine):
+    for shard in (val, *train[rt.rank :: rt.world]):
         if (top := int(shard.max())) >= (most := cfg.vocab_size):
             raise UserError(f"{cfg.data_path}: token id {top}, expected ids below {most}; take its own tokenizer")
     table = ByteTable.build(tokenizer)
     docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
-    hashes = {"tokenizer": sha256(read_file(cfg.tokenizer_path)).hexdigest(), "val": "", "train": {}}
+    hashes = {"tokenizer": sha256(read_file(cfg.tokenizer_path)).hexdigest()}
     rt.log(f"sha256 tokenizer:{hashes['tokenizer']}")
-    for shard in shards:
-        digest, name = sha256(Path(shard.filename).read_bytes()).hexdigest(), Path(shard.filename).name
-        hashes["val"] += digest
-        rt.log(f"sha256 val:{digest} {name}")
-    hashes["train"] = {Path(shard.filename).name: sha256(shard).hexdigest() for shard in mine}
+    for shard in (*shards, *train[rt.rank :: rt.world]):
+        path = Path(shard.filename)
+        hashes[path.name] = sha256(path.read_bytes()).hexdigest()
+        if "_val_" in path.name:
+            rt.log(f"sha256 val:{hashes[path.name]} {path.name}")
     audit_bytes(docs, table, tokenizer, rt)
     return cfg, weights, TokenStream(train), docs, hashes
 
 
-def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping[str, str]) -> None:
+def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
     scores, rungs, used = {}, ladder(docs, cfg, rt), []
     rt.together(lambda: load_weights(model, read_weights(path), path))
-    blob = path.read_bytes()
-    headroom = SUBMISSION_BUDGET - len(blob) - len(source_code().encode())
-    artifact = sha256(blob).hexdigest()
-    rt.log(f"sha256 artifact:{artifact} {path.name}")
+    artifact, code = path.read_bytes(), source_code().encode()
+    headroom, digest = SUBMISSION_BUDGET - len(artifact) - len(code), sha256(artifact).hexdigest()
+    rt.log(f"sha256 artifact:{digest} {path.name}")
     verdict = "PASS" if headroom >= 0 else "FAIL"
     rt.log(f"submission_size:{SUBMISSION_BUDGET - headroom} budget:{SUBMISSION_BUDGET} headroom:{headroom} {verdict}")
     for name, how in ((name, rungs[name]) for name in cfg.eval):
@@ -1734,21 +1686,20 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
             rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
-        key = repr((artifact, hashes, source_code(), how, cfg.seed, rt.dtype, cfg.max_val_docs))
-        stem = Path(cfg.out_dir, "checkpoints", f"{name}-{sha256(key.encode()).hexdigest()[:16]}")
+        key = sha256(repr((digest, code, hashes, how, cfg.seed, rt.dtype, cfg.max_val_docs)).encode()).hexdigest()
+        stem = Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}")
         used.append(Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
-        began = rt.seconds()
         score = scores[name] = evaluate(model, docs, how, cfg, rt, used[-1])
-        spent, (_, tokens, size) = 1000 * (rt.seconds() - began + score.seconds), score.totals
+        (_, tokens, size), count = score.totals, len(np.unique(score.columns["doc"].clip(0)))
+        spent = 1000 * score.seconds
         rt.suffix = " partial" if cfg.max_val_docs or score.missing else ""
-        delta, count = score.bpb - scores[cfg.eval[0]].bpb, len(np.unique(score.columns["doc"].clip(0)))
-        counts, before = f"docs:{count} tokens:{tokens} bytes:{size}", int(docs.starts[0]) if how.isolated else 0
-        targets = len(docs.tokens) - 1 + docs.beyond
-        after = targets - docs.beyond - before - tokens - score.missing
-        left_out = f"before_first_bos:{before} after_last_row:{after} beyond_max_val_docs:{docs.beyond}"
-        left_out += f" out_of_time:{score.missing}" if score.missing else ""
-        rt.log(f"audit coverage: condition:{name} targets:{targets} scored_once:{tokens} {left_out} PASS")
+        before, targets = int(docs.starts[0]) if how.isolated else 0, len(docs.tokens) - 1
+        left_out = f"before_first_bos:{before} after_last_row:{targets - before - tokens - score.missing}"
+        left_out += f" beyond_max_val_docs:{docs.beyond}" + f" out_of_time:{score.missing}" * (score.missing > 0)
+        covered = f"targets:{targets + docs.beyond} scored_once:{tokens} {left_out}"
+        rt.log(f"audit coverage: condition:{name} {covered} PASS")
         rt.log(f"{name} positions:{score.computed}/{how.work(how.spans(docs)[1]).sum()}")
+        delta, counts = score.bpb - scores[cfg.eval[0]].bpb, f"docs:{count} tokens:{tokens} bytes:{size}"
         losses = f"val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f} delta_bpb:{delta:+.4f}"
         rt.log(f"ladder condition:{name} {losses} {counts} eval_time:{spent:.0f}ms")
         if how.final:
@@ -1765,9 +1716,8 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
 def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
     cfg, weights, stream, docs, hashes = rt.together(lambda: load_inputs(cfg, rt))
+    hashes = dict(sorted(item for part in rt.gather(hashes) for item in part.items()))
     rt.log(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()} documents_of_one_token:{docs.short}")
-    every = functools.reduce(operator.or_, rt.gather(hashes["train"]))
-    hashes["train"] = sha256(repr(sorted(every.items())).encode()).hexdigest()
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.dtype).to(rt.device)
     if weights is not None:
@@ -1777,7 +1727,7 @@ def run(cfg: Config, rt: Runtime) -> None:
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")
     artifact, flat = Path(cfg.model_path), ladder(docs, cfg, rt)["flat"]
     if not cfg.eval_only:
-        trainer = Trainer(model, stream, cfg, rt, decisive(cfg, rt) | hashes)
+        trainer = Trainer(model, stream, cfg, rt, hashes)
         if cfg.resume:
             rt.together(trainer.resume)
         train(trainer, lambda: evaluate(model, docs, flat, cfg, rt))
@@ -1795,21 +1745,21 @@ def main() -> int:
     try:
         cfg = read_config(os.environ)
         rt = Runtime.create(cfg, os.environ)
-        rt.listen()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, rt.hear)
         run(cfg, rt)
     except Exception as error:
-        known, agreed = isinstance(error, (UserError, OSError, Stopped)), isinstance(error, AgreedError)
-        line = " ".join(str(error).split()) if known else brief(error)
-        line = line if agreed or not rt or rt.world == 1 else f"rank {rt.rank}: {line}"
-        if stopped := rt is not None and rt.signal:  # so has been a rank that lost another one, which left before it
-            line = f"stopped by {signal.Signals(rt.signal).name}: {line}; go on with RESUME=auto and the same settings"
-        line, status = line if stopped else f"error: {line}", 75 if stopped else 1
+        known, agreed, status = isinstance(error, (UserError, OSError)), isinstance(error, AgreedError), 1
+        line = " ".join(str(error).split()) if known else f"{error!r:.160}"
+        line = f"error: {line}" if agreed or not rt or rt.world == 1 else f"error: rank {rt.rank}: {line}"
+        if rt and rt.signal:  # so was a rank that lost another one, which had left before it
+            line, status = line.replace("error", f"stopped by {signal.Signals(rt.signal).name}", 1), 75
+            line += "; go on with RESUME=auto and the same settings"
         if os.environ.get("RANK", "0") == "0" or not agreed:
             print(line, file=sys.stderr, flush=True)
-        if rt and not (agreed and rt.rank):
-            with contextlib.suppress(OSError):  # a full disk takes no last line
+            with contextlib.suppress(AttributeError, OSError):  # no log yet; a full disk takes no last line
                 rt.log(line, console=False)
-        if not known and not stopped:
+        if not known and status == 1:
             traceback.print_exc()
     if agreed and dist.is_initialized():  # else another rank may be waiting for this one, and leaving would wait for it
         dist.destroy_process_group()
