@@ -49,4 +49,4 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/runtime
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) out logs final_model.pt final_model.int8.ptz
+	rm -rf $(VENV) $(DEMO) out logs checkpoints final_model.pt final_model.int8.ptz

@@ -1100,7 +1100,6 @@ class Score:
     columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
     missing: int = 0  # positions that the time did not suffice for
     computed: int = 0  # positions that went through the model; `Condition.work` says how many had to
-    seconds: float = 0.0  # spent on it, earlier attempts included
 
     @classmethod
     def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, limited: bool = False) -> Score:
@@ -1114,8 +1113,8 @@ class Score:
         starts, predictions = how.spans(docs)
         due = np.zeros_like(times)
         due[starts[0] : starts[-1] + predictions[-1]] = 1
-        missing = int((due > times).sum()) if limited else 0
-        due = np.minimum(due, times) if limited else due
+        missing = (due > times) & limited
+        due[missing] = 0
         for p in np.flatnonzero((times != due) | ~np.isfinite(losses))[:1]:
             found = f"scored {times[p]:g} times, loss {losses[p]:g}"
             raise AgreedError(f"audit coverage: position {p}: {found}; expected {due[p]:g} times and a finite loss")
@@ -1129,7 +1128,7 @@ class Score:
             raise AgreedError("audit coverage: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
         columns = dict(doc=doc, chunk=start // size, start=start, tokens=tokens, bytes=count, loss_nats=nats)
-        return cls({name: column[tokens > 0] for name, column in columns.items()}, missing)
+        return cls({name: column[tokens > 0] for name, column in columns.items()}, int(missing.sum()))
 
     @functools.cached_property
     def totals(self) -> tuple[float, int, int]:
@@ -1291,21 +1290,23 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
 
 
 class Progress:
-    """Documents that an evaluation has finished, kept on disk for the next attempt; and its seconds, if limited.
+    """Documents that an evaluation has finished, on disk for the next attempt; and its seconds, which may be limited.
 
     Every rank of every attempt writes a file of its own, and rank 0 reads them all. Their names begin with `stem`,
     which holds a hash of all that decides the scores: a file that is found fits.
     """
 
     def __init__(self, stem: Path, limit: float, rt: Runtime) -> None:
-        self.stem, self.limit, self.rt, self.longest, self.earlier = stem, limit, rt, 0.0, 0.0
-        self.path = stem.with_name(f"{stem.name}.{time.time_ns()}.{rt.rank}.part")
-        self.began = self.mark = rt.seconds()
-        self.due, self.finished = self.began + 5, [np.zeros(0, dtype=np.int64)]
+        self.stem, self.limit, self.rt, self.earlier, self.turns, self.began = stem, limit, rt, 0.0, 0, rt.seconds()
+        self.path, self.due = stem.with_name(f"{stem.name}.{time.time_ns()}.{rt.rank}.part"), self.began + 5
 
     def files(self) -> list[Path]:
         """Those of all ranks and attempts."""
         return sorted(self.stem.parent.glob(f"{self.stem.name}.*.part"))
+
+    def seconds(self, wait: bool = True) -> float:
+        """What this attempt has taken, and earlier ones up to their last file."""
+        return self.earlier + self.rt.seconds(wait) - self.began
 
     def recall(self, ledger: Tensor, starts: np.ndarray, predictions: np.ndarray) -> np.ndarray:
         """Enter what is known into rank 0's ledger. Returns the documents that are left to score, on every rank."""
@@ -1315,25 +1316,23 @@ class Progress:
                 ledger[:, part["at"].to(ledger.device)] = part["entries"].to(ledger.device)
                 self.earlier += part["seconds"]
         self.earlier = self.rt.from_rank0(self.earlier)
-        self.owner = np.repeat(np.arange(len(starts)), predictions)  # the document of each position that is scored
-        self.offset = int(starts[0])
+        self.owner, self.offset = np.repeat(np.arange(len(starts)), predictions), int(starts[0])  # of each position
         times = self.rt.sum(ledger[1].clone())[self.offset :][: len(self.owner)].cpu().numpy()
+        self.done = np.zeros(len(starts), dtype=bool)
         return np.flatnonzero(np.bincount(self.owner, times, len(starts)) < predictions)
 
     def turn(self, ledger: Tensor, finished: np.ndarray) -> bool:
-        """After each turn: keep what is `finished` now and then; whether to go on. `Stopped` where a signal came."""
-        self.finished.append(finished)
-        now = self.rt.seconds(wait=bool(self.limit))
-        self.longest, self.mark = max(self.longest, now - self.mark), now
-        over = 0 < self.limit < self.earlier + now - self.began + self.longest
+        """After each turn: keep what is `finished` now and then. Whether to go on; `UserError` where a signal came."""
+        self.done[finished], self.turns, now = True, self.turns + 1, self.rt.seconds(wait=self.limit > 0)
+        over = 0 < self.limit < self.earlier + (now - self.began) * (1 + 1 / self.turns)  # with one turn more
         if now > self.due or over or self.rt.signal:
-            at = torch.from_numpy(np.flatnonzero(np.isin(self.owner, np.concatenate(self.finished))) + self.offset)
-            state = {"at": at, "entries": ledger[:, at.to(ledger.device)].cpu()}
-            save_state(self.path, state | {"seconds": 0.0 if self.rt.rank else now - self.began})
-            self.mark = self.rt.seconds()
-            self.due = self.mark + max(5.0, 50 * (self.mark - now))  # a fiftieth of the time, at most, goes into it
+            at = torch.from_numpy(np.flatnonzero(self.done[self.owner]) + self.offset)
+            seconds = 0.0 if self.rt.rank else now - self.began
+            save_state(self.path, {"at": at, "entries": ledger[:, at.to(ledger.device)].cpu(), "seconds": seconds})
+            cost = self.rt.seconds() - now
+            self.due = now + max(5.0, 50 * cost)  # so that it takes a fiftieth of the time at most
         if self.rt.signal:
-            raise UserError("finished documents are kept")
+            raise UserError(f"what is finished is kept in {self.stem.parent}")
         return not over
 
 
@@ -1382,11 +1381,9 @@ def evaluate(
     model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
 ) -> Score:
     """The score of the whole validation stream under one condition, the same on every rank."""
-    began = rt.seconds()
     ledger, computed = fill_ledger(model, docs, how, cfg, rt, progress)
-    score = Score.tally(ledger, docs, how, cfg.ttt_chunk_size, limited=bool(progress and progress.limit))
-    seconds = rt.seconds() - began + (progress.earlier if progress else 0.0)
-    return replace(score, computed=computed, seconds=seconds)
+    limited = progress is not None and progress.limit > 0
+    return replace(Score.tally(ledger, docs, how, cfg.ttt_chunk_size, limited), computed=computed)
 
 
 # ==== Audits: what makes a score worth believing ======================================================================
@@ -1551,17 +1548,17 @@ class Trainer:
             self.train_step()
         for name, tensor in self.tensors().items():
             tensor.copy_(start[name])
-        self.stream.position, self.step, self.fault = position, step, self.no_fault
+        self.step, self.stream.position, self.fault = step, position, self.no_fault
 
     def save(self) -> None:
         """Rank 0 writes a checkpoint and keeps the last two of this run. A full disk ends no training."""
         self.refuse_faults()
-        self.saved_ms, folder = self.elapsed_ms, Path(self.cfg.out_dir, "checkpoints")
-        state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state()}
-        state["counts"] = [self.step, self.elapsed_ms, self.stream.position]
+        self.saved_ms, counts = self.elapsed_ms, (self.step, self.elapsed_ms, self.stream.position)
+        state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state(), "counts": counts}
         try:
             if self.rt.rank == 0:
-                save_state(folder / f"{self.rt.run_id}.step{self.step:07d}.pt", state)
+                name = f"{self.rt.run_id}.step{self.step:07d}.pt"
+                save_state(Path(self.cfg.out_dir, "checkpoints", name), state)
                 for old in find_checkpoints(self.cfg, self.rt.run_id)[2:]:
                     old.unlink()
         except OSError as error:
@@ -1569,31 +1566,33 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from where RESUME says; `auto` passes over damaged files. `UserError` for what does not fit."""
-        named, state = [Path(self.cfg.resume)] if self.cfg.resume != "auto" else [], None
-        for path in named or find_checkpoints(self.cfg):
+        auto = self.cfg.resume == "auto"
+        for path in find_checkpoints(self.cfg) if auto else [Path(self.cfg.resume)]:
             try:
                 state = load_state(path)
-                break
             except UserError as error:
-                if named:
+                if not auto:
                     raise
                 self.rt.log(f"warning: skipped {error}")
-        if state is None:
-            return self.rt.log("resume: found no checkpoint; starting anew")
-        try:
-            theirs, tensors, (step, elapsed, position) = state["identity"], state["tensors"], state["counts"]
-            for name, value in self.identity.items():
-                if theirs.get(name) != value:
-                    raise ValueError(f"{name} is {value}, was {theirs.get(name)}")
-            for name, tensor in self.tensors().items():
-                if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
-                    raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
-                tensor.copy_(tensors[name])
-            torch.set_rng_state(state["rng"])
-            self.step, self.elapsed_ms, self.stream.position = int(step), float(elapsed), int(position)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path}: does not fit this run ({error!r:.300}); set it back, or leave out RESUME") from None
-        self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
+                continue
+            try:
+                self.restore(**state)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise UserError(f"{path}: does not fit this run: {error}"[:600]) from None
+            self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
+            return
+        self.rt.log("resume: found no checkpoint; starting anew")
+
+    def restore(self, identity: dict, tensors: dict[str, Tensor], rng: Tensor, counts: tuple) -> None:
+        """Become what a checkpoint holds. An exception of any kind where it is another training's, or forged."""
+        if differ := [f"{name}={identity.get(name)}" for name, v in self.identity.items() if identity.get(name) != v]:
+            raise ValueError(f"it was made under {' '.join(differ)}; set it back, or leave out RESUME")
+        for name, tensor in self.tensors().items():
+            if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
+                raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
+            tensor.copy_(tensors[name])
+        torch.set_rng_state(rng)
+        self.step, self.elapsed_ms, self.stream.position = int(counts[0]), float(counts[1]), int(counts[2])
 
     def tick(self, now: float) -> None:
         """Count the time since the last tick as training time, by rank 0's clock on every rank."""
@@ -1645,7 +1644,7 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
 
 
 def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | None, TokenStream, Documents, dict]:
-    """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes). `UserError` for what is wrong.
+    """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes by file). `UserError` for errors.
 
     The ranks share the reading of the training shards: each has the hashes of some.
     """
@@ -1654,27 +1653,25 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
         cfg = shape_from_weights(weights, cfg, cfg.model_path)
         check_config(cfg, rt.world)
     train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
-    shards = open_shards(cfg.data_path, "fineweb_val_*.bin")
-    val, tokenizer = np.concatenate(shards), load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    for shard in (val, *train[rt.rank :: rt.world]):
+    val, hashes = open_shards(cfg.data_path, "fineweb_val_*.bin"), {}
+    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    for shard in (*val, *train[rt.rank :: rt.world]):
         if (top := int(shard.max())) >= (most := cfg.vocab_size):
-            raise UserError(f"{cfg.data_path}: token id {top}, expected ids below {most}; take its own tokenizer")
+            raise UserError(f"{shard.filename}: token id {top}, expected ids below {most}; take its own tokenizer")
+        hashes[Path(shard.filename).name] = sha256(Path(shard.filename).read_bytes()).hexdigest()
     table = ByteTable.build(tokenizer)
-    docs = split_documents(val, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
-    hashes = {"tokenizer": sha256(read_file(cfg.tokenizer_path)).hexdigest()}
+    docs = split_documents(np.concatenate(val), tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
+    hashes["tokenizer"] = sha256(read_file(cfg.tokenizer_path)).hexdigest()
     rt.log(f"sha256 tokenizer:{hashes['tokenizer']}")
-    for shard in (*shards, *train[rt.rank :: rt.world]):
-        path = Path(shard.filename)
-        hashes[path.name] = sha256(path.read_bytes()).hexdigest()
-        if "_val_" in path.name:
-            rt.log(f"sha256 val:{hashes[path.name]} {path.name}")
+    for name in (Path(shard.filename).name for shard in val):
+        rt.log(f"sha256 val:{hashes[name]} {name}")
     audit_bytes(docs, table, tokenizer, rt)
     return cfg, weights, TokenStream(train), docs, hashes
 
 
 def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
-    scores, rungs, used = {}, ladder(docs, cfg, rt), []
+    scores, rungs, kept = {}, ladder(docs, cfg, rt), []
     rt.together(lambda: load_weights(model, read_weights(path), path))
     artifact, code = path.read_bytes(), source_code().encode()
     headroom, digest = SUBMISSION_BUDGET - len(artifact) - len(code), sha256(artifact).hexdigest()
@@ -1688,10 +1685,9 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
             rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
         key = sha256(repr((digest, code, hashes, how, cfg.seed, rt.dtype, cfg.max_val_docs)).encode()).hexdigest()
         stem = Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}")
-        used.append(Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
-        score = scores[name] = evaluate(model, docs, how, cfg, rt, used[-1])
-        (_, tokens, size), count = score.totals, len(np.unique(score.columns["doc"].clip(0)))
-        spent = 1000 * score.seconds
+        kept.append(progress := Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
+        score = scores[name] = evaluate(model, docs, how, cfg, rt, progress)
+        spent, (_, tokens, size) = 1000 * progress.seconds(), score.totals
         rt.suffix = " partial" if cfg.max_val_docs or score.missing else ""
         before, targets = int(docs.starts[0]) if how.isolated else 0, len(docs.tokens) - 1
         left_out = f"before_first_bos:{before} after_last_row:{targets - before - tokens - score.missing}"
@@ -1699,9 +1695,9 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
         covered = f"targets:{targets + docs.beyond} scored_once:{tokens} {left_out}"
         rt.log(f"audit coverage: condition:{name} {covered} PASS")
         rt.log(f"{name} positions:{score.computed}/{how.work(how.spans(docs)[1]).sum()}")
-        delta, counts = score.bpb - scores[cfg.eval[0]].bpb, f"docs:{count} tokens:{tokens} bytes:{size}"
+        delta, count = score.bpb - scores[cfg.eval[0]].bpb, len(np.unique(score.columns["doc"].clip(0)))
         losses = f"val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f} delta_bpb:{delta:+.4f}"
-        rt.log(f"ladder condition:{name} {losses} {counts} eval_time:{spent:.0f}ms")
+        rt.log(f"ladder condition:{name} {losses} docs:{count} tokens:{tokens} bytes:{size} eval_time:{spent:.0f}ms")
         if how.final:
             rt.log(f"{how.final} {score} eval_time:{spent:.0f}ms")
         if name == "flat":
@@ -1709,7 +1705,7 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
     if cfg.scores_path:
         rt.together(lambda: write_scores(Path(cfg.out_dir, cfg.scores_path), scores, rt))
     if rt.rank == 0 and not any(score.missing for score in scores.values()):
-        for path in (path for progress in used for path in progress.files()):
+        for path in (path for progress in kept for path in progress.files()):
             path.unlink()
 
 
