@@ -8,10 +8,8 @@
 Every setting is an environment variable: the fields of `Config`, in capitals. The number to read is `val_bpb`, bits per
 UTF-8 byte of the validation text; lower is better. The `ladder` lines at the end score the artifact as read back from
 disk under the conditions that EVAL names; under `ttt` every document teaches its own throw-away adapters. The `audit`
-lines are checks that stop the run when they fail.
-
-In reading order, each band leaning only on those above it: config, runtime, byte metric, data, model, optimizers,
-artifact, adapters, evaluation, audits, training, main.
+lines are checks that stop the run when they fail. In reading order, each band leaning only on those above it: config,
+runtime, byte metric, data, model, optimizers, artifact, adapters, evaluation, audits, training, main.
 
 Shapes: B rows (sequences or documents), T tokens of input, S scored positions, D model dim, H heads, N head dim,
 R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats.
@@ -29,11 +27,9 @@ import io
 import itertools
 import math
 import os
-import platform
 import re
 import shlex
 import signal
-import stat
 import sys
 import time
 import traceback
@@ -58,6 +54,17 @@ from tqdm import tqdm
 
 # ==== Config: what can be set =========================================================================================
 
+RUNGS = ("flat", "doc", "stride", "ttt", "stream_fast", "stream")
+TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "fc", "mlp.proj", "lm_head")
+# Overrides of the defaults in `Config`. `cpu` was chosen by measurement on two cores; records/NOTES.md has the tries.
+PRESETS: dict[str, dict[str, Any]] = {"baseline": {}, "cpu": dict(
+    data_path="./data/demo", tokenizer_path="./data/demo/tokenizer.model", max_wallclock_seconds=175.0, num_layers=4,
+    model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096, grad_accum_steps=2,
+    val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03, warmup_steps=1, warmdown_iters=500,
+    muon_momentum_warmup_steps=60, val_loss_every=0, train_log_every=50, ttt_eval_seq_len=512, ttt_batch_size=16,
+    eval=("flat", "doc", "stride", "ttt", "stream"), checkpoint_seconds=30.0,
+)}  # fmt: skip
+
 
 class UserError(ValueError):
     """Something a user can put right: shown as one line, without a traceback, with exit status 1."""
@@ -70,10 +77,6 @@ class AgreedError(UserError):
 def _opt(default: Any, unit: str, least: float = -1e18, most: float = 1e18, choices: tuple[str, ...] = ()) -> Any:
     """A field of `Config`: its default, what it counts, and the numbers or the words that it accepts."""
     return field(default=default, metadata={"unit": unit, "least": least, "most": most, "choices": choices})
-
-
-RUNGS = ("flat", "doc", "stride", "ttt", "stream_fast", "stream")
-TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "fc", "mlp.proj", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -151,36 +154,21 @@ class Config:
     ttt_stream_targets: tuple[str, ...] = _opt(TARGETS[3:], "stream: projections with adapters", choices=TARGETS)
 
 
-# Overrides of the defaults above. `cpu` was chosen by measurement on two cores; records/NOTES.md has the tries.
-PRESETS: dict[str, dict[str, Any]] = {
-    "baseline": {},
-    "cpu": dict(data_path="./data/demo", tokenizer_path="./data/demo/tokenizer.model", max_wallclock_seconds=175.0,
-                num_layers=4, model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096,
-                grad_accum_steps=2, val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03,
-                warmup_steps=1, warmdown_iters=500, muon_momentum_warmup_steps=60, val_loss_every=0, train_log_every=50,
-                ttt_eval_seq_len=512, ttt_batch_size=16, eval=("flat", "doc", "stride", "ttt", "stream"),
-                checkpoint_seconds=30.0),
-}  # fmt: skip
-
-
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
-    several, choices = isinstance(spec.default, tuple), spec.metadata["choices"]
-    least, most = spec.metadata["least"], spec.metadata["most"]
-    defaults, texts = (spec.default, text.split(",")) if several else ((spec.default,), [text])
-    kind, count = type(defaults[0]), len(defaults)
-    expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "one of"}[kind]
-    expected += f" from {least:g} to {most:g}" if kind in (int, float) else ""
-    expected = "some of" if several and choices else ",".join([expected] * count)
+    least, most, choices = (spec.metadata[key] for key in ("least", "most", "choices"))
+    several = isinstance(spec.default, tuple)
+    defaults, words = (spec.default, text.split(",")) if several else ((spec.default,), [text])
+    kind, span = type(defaults[0]), f"from {least:g} to {most:g}"
+    number = {bool: "0 or 1", int: f"a whole number {span}", float: f"a number {span}", str: "some text"}[kind]
     with contextlib.suppress(ValueError, KeyError):
-        parts = tuple({"0": False, "1": True}[t] if kind is bool else kind(t) for t in texts)
-        if choices:
-            fits = len(set(parts) & set(choices)) == len(parts)  # all known, none twice
-        else:
-            fits = len(parts) == count and (kind is str or all(least <= part <= most for part in parts))
-        if fits:
-            return parts if several else parts[0]
-    expected += " " + ", ".join(choices) if choices else ""
+        values = tuple({"0": False, "1": True}[word] if kind is bool else kind(word) for word in words)
+        known = len(set(values) & set(choices)) == len(values)  # and none twice
+        within = len(values) == len(defaults) and (kind is str or all(least <= value <= most for value in values))
+        if known if choices else within:
+            return values if several else values[0]
+    listed = f"{'some' if several else 'one'} of {', '.join(choices)}"
+    expected = listed if choices else ",".join([number] * len(defaults))
     raise AgreedError(f"{name}={text!r:.60}: expected {expected}; set it so or unset it")
 
 
@@ -194,14 +182,12 @@ def spell(value: Any) -> str:
 def read_config(env: Mapping[str, str]) -> Config:
     """Settings from the environment, else the preset's, else the defaults. `AgreedError` for what cannot be or work."""
     given = {f.name: _parse(f.name.upper(), env[f.name.upper()], f) for f in fields(Config) if f.name.upper() in env}
-    device, preset = given.get("device", "auto"), given.get("preset", "auto")
-    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    preset = preset if preset != "auto" else "baseline" if device == "cuda" else "cpu"
-    cfg = replace(Config(), **PRESETS[preset] | given | {"device": device, "preset": preset})
+    device = given.get("device", "auto").replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    preset = given.get("preset", "auto").replace("auto", "baseline" if device == "cuda" else "cpu")
     world = _parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), _opt(1, "ranks", 1))
     alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
-    shared = alone // world if alone % world == 0 else 1
-    cfg = replace(cfg, grad_accum_steps=given.get("grad_accum_steps") or shared)
+    steps = given.get("grad_accum_steps") or (alone // world if alone % world == 0 else 1)
+    cfg = Config(**PRESETS[preset] | given | dict(device=device, preset=preset, grad_accum_steps=steps))
     check_config(cfg, world)
     return cfg
 
@@ -268,9 +254,8 @@ class Runtime:
         if cfg.device == "cuda":
             if (needed := here or 1) > (found := torch.cuda.device_count()):
                 raise AgreedError(f"DEVICE=cuda: {needed} ranks on this machine, found {found} GPUs; start fewer ranks")
-            rt.device = torch.device("cuda", local)
+            rt.device, rt.noise = torch.device("cuda", local), 1e-2  # backward kernels add atomically, in any order
             torch.cuda.set_device(rt.device)
-            rt.noise = 1e-2  # atomic additions in backward kernels come in any order
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rt.dtype != torch.float32
             # Only flash attention, so that a slow fallback fails loudly; fp32 has no flash kernel and needs the other.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -282,12 +267,11 @@ class Runtime:
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
         if world:
             # gloo carries what lives on the CPU (clock, error lines), so that agreeing on them never waits for a GPU.
-            backend, patience = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo", cfg.rank_timeout_seconds
-            dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+            backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout_seconds))
         names = [path.name.rsplit(".", 2)[0] for path in find_checkpoints(cfg) if cfg.resume == "auto"]
         rt.run_id = rt.gather(cfg.run_id or [*names, str(uuid.uuid4())][0])[0]
-        rt.log_path = Path(cfg.out_dir, "logs", f"{rt.run_id}.txt")
-        rt.suffix = " partial" if cfg.max_val_docs else ""
+        rt.log_path, rt.suffix = Path(cfg.out_dir, "logs", f"{rt.run_id}.txt"), " partial" * (cfg.max_val_docs > 0)
         rt.together(lambda: rt.rank or rt.open_log(cfg, env))
         return rt
 
@@ -310,22 +294,18 @@ class Runtime:
         given = "".join(f"{name}={shlex.quote(env[name])} " for name in settings if name in env)
         launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
         info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-        cpu = re.search(r"model name\s*:\s*(.+)", info)
-        device = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        cpu = [*re.findall(r"model name\s*:\s*(.+)", info), os.uname().machine][0]
+        device = f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-            device = f"{torch.cuda.device_count()} x {name}, CUDA {torch.version.cuda}"
+            device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
         rule, (dtype, why) = "=" * 100, choose_dtype(cfg)
-        versions = f"python:{platform.python_version()} torch:{torch.__version__} numpy:{np.__version__}"
-        for line in (
-            f"{source_code()}\n{rule}\nRunning Python {sys.version}",
-            f"Running PyTorch {torch.__version__}\n{device}\n{rule}",
-            time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            f"command: {given}{launcher} train_gpt.py",
+        self.log("\n".join((
+            source_code(), rule, f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}", device, rule,
+            time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime()), f"command: {given}{launcher} train_gpt.py",
             "config: " + " ".join(f"{name}={value}" for name, value in settings.items()),
-            f"versions: {versions} sentencepiece:{sentencepiece.__version__}",
-        ):
-            self.log(line, console=False)
+            f"versions: python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__}"
+            f" sentencepiece:{sentencepiece.__version__}",
+        )), console=False)  # fmt: skip
         self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
         self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
         self.log(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
@@ -389,14 +369,11 @@ class Runtime:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def from_rank0(self, value: float) -> float:
-        """Rank 0's `value`, not negative, on every rank: replicas that read their own clocks would drift apart.
-
-        A signal that one rank has heard is from then on known to all: they stop after the same step.
-        """
+        """Rank 0's `value`, not negative, on every rank: replicas that read their own clocks would drift apart."""
         box = torch.tensor([0.0 if self.rank else value, self.signal], dtype=torch.float64, device="cpu")
         if self.world > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX)
-        self.signal = int(box[1])
+        self.signal = int(box[1])  # what one rank has heard, all know from now on: they stop after the same step
         return box[0].item()
 
     def seconds(self, wait: bool = True) -> float:
@@ -419,10 +396,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
     # The flash kernel for CPUs loses to plain bf16 matrix products, half of which a causal mask saves when queries are
     # taken in blocks that see the keys up to their own end (records/NOTES.md).
     rows, (length, dim), share = q.size(0) * k.size(1), q.shape[2:], q.size(1) // k.size(1)
-    k, v, out = k.reshape(rows, length, dim), v.reshape(rows, length, dim), []
+    k, v, out, end = k.reshape(rows, length, dim), v.reshape(rows, length, dim), [], 0
     for part in (q * dim**-0.5).reshape(rows, share, length, dim).split(block, dim=2):
-        begin = sum(o.size(2) for o in out)
-        end = begin + part.size(2)
+        begin, end = end, end + part.size(2)
         future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
         scores = torch.baddbmm(future.repeat(share, 1), part.reshape(rows, -1, dim), k[:, :end].mT)
         out.append((scores.softmax(-1) @ v[:, :end]).view(part.shape))
@@ -463,7 +439,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
 
 def read_file(path: str | Path) -> bytes:
     """The bytes of a regular file; `OSError` for anything else, since a pipe might never end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if Path(path).exists() and not Path(path).is_file():
         raise OSError(f"{path}: found something that is not a file, expected one")
     return Path(path).read_bytes()
 
@@ -496,8 +472,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
     """The checkpoints of a run, or of any, in OUT_DIR, the newest first."""
-    found = Path(cfg.out_dir, "checkpoints").glob(f"{run_id}.step*.pt")
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return sorted(Path(cfg.out_dir, "checkpoints").glob(f"{run_id}.step*.pt"), key=os.path.getmtime, reverse=True)
 
 
 # ==== Byte metric: the UTF-8 bytes that a token stands for ===========================================================
@@ -527,16 +502,14 @@ class ByteTable:
     @classmethod
     def build(cls, tokenizer: SentencePieceProcessor) -> ByteTable:
         """The table of a tokenizer. `UserError` if it has no piece for a space on its own."""
-        rows = []
-        for i in range(tokenizer.vocab_size()):
-            piece, byte = tokenizer.id_to_piece(i), tokenizer.is_byte(i)
-            text = not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i))
-            size = 1 if byte else len(piece.removeprefix("▁").replace("▁", " ").encode())
-            rows.append((size if text else 0, text and not byte and piece.startswith("▁"), text))
-        base, space, text = np.array(rows, dtype=np.int64).T
+        ids = list(range(tokenizer.vocab_size()))
+        byte, pieces = np.array(tokenizer.is_byte(ids)), tokenizer.id_to_piece(ids)
+        text = ~(np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids) | tokenizer.is_unused(ids))
+        sizes = np.array([len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces])
         if not text[tokenizer.piece_to_id("▁")]:  # byte fallback would spell, and count, such a space as three bytes
             raise UserError("TOKENIZER_PATH: found no piece '▁', expected one, else spaces miscount; train it with one")
-        return cls(base, space.astype(bool), text.astype(bool))
+        space = np.array([piece.startswith("▁") for piece in pieces])
+        return cls(np.where(byte, 1, sizes) * text, space & text & ~byte, text)
 
     def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
         """Bytes of each `target` given the token before it: ids of any shape -> int64 of that shape."""
