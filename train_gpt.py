@@ -600,29 +600,10 @@ Adapters = Mapping[str, tuple[Tensor, Tensor]]
 NO_LORA: Adapters = {}
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension, without a weight, in the dtype of x."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def project(x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """x W^T, plus each row's own x A^T B^T: (B, T, in) -> (B, T, out), all in the dtype of x."""
+def project(x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None) -> Tensor:
+    """x W^T, plus each row's own x A^T B^T: (B, T, in) -> (B, T, out), all in the dtype of x, whatever that of W."""
     out = F.linear(x, weight.to(x.dtype))
     return out if lora is None else torch.baddbmm(out, torch.bmm(x, lora[0].mT), lora[1].mT)
-
-
-class Linear(nn.Linear):
-    """A projection without bias: fp32 master weight, computed in its input's dtype, adapted under its name."""
-
-    def __init__(self, in_dim: int, out_dim: int, name: str, zero: bool = False) -> None:
-        super().__init__(in_dim, out_dim, bias=False, device="cpu", dtype=torch.float32)
-        self.name = name
-        if zero:
-            nn.init.zeros_(self.weight)
-
-    def forward(self, x: Tensor, adapters: Adapters) -> Tensor:
-        """(B, T, in) -> (B, T, out)."""
-        return project(x, self.weight, adapters.get(self.name))
 
 
 def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -633,90 +614,77 @@ def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, 
     return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
 
-class Attention(nn.Module):
-    """Causal attention: grouped key/value heads, normed and rotated queries and keys, a gain per query head."""
-
-    def __init__(self, cfg: Config, name: str) -> None:
-        super().__init__()
-        dim, self.head_dim = cfg.model_dim, cfg.model_dim // cfg.num_heads
-        kv_dim = cfg.num_kv_heads * self.head_dim
-        self.c_q, self.c_k = Linear(dim, dim, f"{name}.c_q"), Linear(dim, kv_dim, f"{name}.c_k")
-        self.c_v, self.proj = Linear(dim, kv_dim, f"{name}.c_v"), Linear(dim, dim, f"{name}.proj", zero=True)
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init, dtype=torch.float32, device="cpu"))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, adapters: Adapters, attention: Callable) -> Tensor:
-        """(B, T, D) -> the same, in its dtype; cos, sin (T, N) or (B, 1, T, N). `attention` mixes values by q and k."""
-        q, k, v = (proj(x, adapters) for proj in (self.c_q, self.c_k, self.c_v))
-        qk, v = (t.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for t in (torch.cat((q, k), -1), v))
-        gain = F.pad(self.q_gain, (0, v.size(1)), value=1.0)[:, None, None]  # keys have none
-        qk = rms_norm(qk.float())
-        qk = (torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin) * gain).to(x.dtype)  # halves convention
-        q, k = qk.split((len(self.q_gain), v.size(1)), 1)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(x.shape), adapters)
-
-
 class Block(nn.Module):
-    """Attention, then an MLP with relu squared, on a residual stream that can mix the embedding back in."""
+    """Causal attention with grouped heads, then an MLP with relu squared; it can mix the embedding back in first."""
 
     def __init__(self, cfg: Config, name: str) -> None:
         super().__init__()
-        dim, hidden = cfg.model_dim, cfg.mlp_mult * cfg.model_dim
-        ones = torch.ones(dim, dtype=torch.float32, device="cpu")
-        self.attn, fc = Attention(cfg, f"{name}.attn"), Linear(dim, hidden, f"{name}.mlp.fc")
-        self.mlp = nn.ModuleDict({"fc": fc, "proj": Linear(hidden, dim, f"{name}.mlp.proj", zero=True)})
-        self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
-        self.resid_mix = nn.Parameter(torch.stack((ones, torch.zeros_like(ones))))
+        self.name, dim, self.head_dim = name, cfg.model_dim, cfg.model_dim // cfg.num_heads
+        kv_dim, hidden = cfg.num_kv_heads * self.head_dim, cfg.mlp_mult * dim
+        sizes = {"c_q": dim, "c_k": kv_dim, "c_v": kv_dim, "proj": dim}
+        self.attn = nn.ModuleDict({part: nn.Linear(dim, size, bias=False) for part, size in sizes.items()})
+        self.attn.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.mlp = nn.ModuleDict({"fc": nn.Linear(dim, hidden, bias=False), "proj": nn.Linear(hidden, dim, bias=False)})
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
 
     def forward(self, x: Tensor, x0: Tensor, rope: tuple, adapters: Adapters, attention: Callable) -> Tensor:
-        """Residual stream x and normed embedding x0 -> residual stream, all (B, T, D) in one dtype."""
+        """Residual stream x, normed embedding x0 -> x, (B, T, D) of one dtype; rope: two (T, N) or (B, 1, T, N)."""
+        attn, mlp, name, (cos, sin) = self.attn, self.mlp, self.name, rope
         mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
         x = torch.addcmul(mix[0] * x, mix[1], x0)
-        x = torch.addcmul(x, attn_scale, self.attn(rms_norm(x), *rope, adapters, attention))
-        hidden = F.relu(self.mlp.fc(rms_norm(x), adapters)).square()
-        return torch.addcmul(x, mlp_scale, self.mlp.proj(hidden, adapters))
+        y = F.rms_norm(x, x.shape[-1:])
+        q, k, v = (project(y, attn[part].weight, adapters.get(f"{name}.attn.{part}")) for part in ("c_q", "c_k", "c_v"))
+        qk, v = (t.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for t in (torch.cat((q, k), -1), v))
+        gain = F.pad(attn.q_gain, (0, v.size(1)), value=1.0)[:, None, None]  # keys have none
+        qk = F.rms_norm(qk.float(), (self.head_dim,))
+        qk = (torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin) * gain).to(x.dtype)  # halves convention
+        q, k = qk.split((len(attn.q_gain), v.size(1)), 1)
+        y = attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = torch.addcmul(x, attn_scale, project(y, attn.proj.weight, adapters.get(f"{name}.attn.proj")))
+        y = project(F.rms_norm(x, x.shape[-1:]), mlp.fc.weight, adapters.get(f"{name}.mlp.fc"))
+        y = project(F.relu(y).square(), mlp.proj.weight, adapters.get(f"{name}.mlp.proj"))
+        return torch.addcmul(x, mlp_scale, y)
 
 
 class GPT(nn.Module):
     """The record's transformer: skip connections from its first half to its second, a soft-capped head.
 
-    Precision is written out instead of left to autocast, whose lists of operations differ between CPU and CUDA. The
-    residual stream, matrix products and attention are in `dtype` on every device: a bf16 stream agrees with the
-    published code where that could be run (records/NOTES.md) and moves half the bytes of the fp32 one that autocast
-    gave the record on CUDA. Query and key norms, rotation, softcap and cross-entropy are in fp32.
+    Precision is written out, since autocast's lists differ between CPU and CUDA. Residual stream, matrix products and
+    attention are in `dtype`: a bf16 stream agrees with the published code where that could be run (records/NOTES.md)
+    and moves half the bytes of the record's fp32 one on CUDA. Query and key norms, rotation, softcap, losses: fp32.
     """
 
     def __init__(self, cfg: Config, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self.softcap, self.rope_base = dtype, cfg.logit_softcap, cfg.rope_base
-        self.half = cfg.num_layers // 2
-        # Built on the CPU whatever the device, so that a seed means the same weights everywhere.
-        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim, device="cpu", dtype=torch.float32)
-        if cfg.tie_embeddings:
-            nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
-        self.tok_emb.to(torch.bfloat16)
-        self.skip_weights = nn.Parameter(torch.ones(self.half, cfg.model_dim, dtype=torch.float32, device="cpu"))
-        self.blocks = nn.ModuleList(Block(cfg, f"blocks.{i}") for i in range(cfg.num_layers))
-        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, "lm_head", zero=True)
-        positions = torch.arange(max(cfg.train_seq_len, cfg.ttt_eval_seq_len), device="cpu")
-        tables = rope_tables(positions, cfg.model_dim // cfg.num_heads, cfg.rope_base)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
-
-    @property
-    def head(self) -> nn.Parameter:
-        """The output matrix, (V, D): the embedding itself when tied."""
-        return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        self.dtype, self.half = dtype, cfg.num_layers // 2
+        self.softcap, self.rope_base = cfg.logit_softcap, cfg.rope_base
+        with torch.device("cpu"):  # whatever the device, so that a seed means the same weights everywhere
+            self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+            if cfg.tie_embeddings:
+                nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
+            self.tok_emb.to(torch.bfloat16)
+            self.skip_weights = nn.Parameter(torch.ones(self.half, cfg.model_dim))
+            self.blocks = nn.ModuleList(Block(cfg, f"blocks.{i}") for i in range(cfg.num_layers))
+            self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.model_dim, cfg.vocab_size, bias=False)
+            positions = torch.arange(max(cfg.train_seq_len, cfg.ttt_eval_seq_len))
+        for name, weight in self.named_parameters():
+            if name.endswith(("proj.weight", "lm_head.weight")):
+                nn.init.zeros_(weight)
+        rope = torch.stack(rope_tables(positions, cfg.model_dim // cfg.num_heads, cfg.rope_base))
+        self.register_buffer("rope", rope, persistent=False)
 
     def forward(
         self, ids: Tensor, targets: Tensor, at: Tensor | None = None, adapters: Adapters = NO_LORA, memory: Any = None
     ) -> Tensor:
         """Cross-entropy of each target in nats, always one per token: (B, S) fp32. Callers reduce.
 
-        ids (B, T); targets (B, S) are the tokens that follow the positions `at` (B, S) of each row, or every position
-        when `at` is None (S = T). Only those positions reach the head. With `memory`, rows go on where it ends.
+        ids (B, T); targets (B, S) follow the positions `at` (B, S) of each row, which alone reach the head; None stands
+        for every position (S = T). With `memory`, rows go on where it ends.
         """
-        rope = memory.rope if memory else (self.cos[: ids.size(1)], self.sin[: ids.size(1)])
-        x = x0 = rms_norm(self.tok_emb(ids).to(self.dtype))
+        rope = memory.rope if memory else self.rope[:, : ids.size(1)].unbind()
+        x = self.tok_emb(ids).to(self.dtype)
+        x = x0 = F.rms_norm(x, x.shape[-1:])
         skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i >= self.half and skips:
@@ -727,7 +695,8 @@ class GPT(nn.Module):
                 skips.append(x)
         if at is not None:
             x = x.gather(1, at[:, :, None].expand(-1, -1, x.size(-1)))
-        logits = project(rms_norm(x), self.head, adapters.get("lm_head")).float()
+        head = (self.lm_head or self.tok_emb).weight  # (V, D)
+        logits = project(F.rms_norm(x, x.shape[-1:]), head, adapters.get("lm_head")).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
@@ -746,6 +715,7 @@ def frozen(model: GPT) -> GPT:
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16."""
+    # Source, of Muon as a whole too: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
     a, b, c = 3.4445, -4.7750, 2.0315  # exactness traded for speed: singular values end between about 0.7 and 1.2
     x = matrix.bfloat16()
     x = x / (x.norm() + 1e-7)
@@ -758,10 +728,7 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors.
-
-    Source, of the coefficients above too: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
-    """
+    """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
         super().__init__(params, {"lr": lr, "base_lr": lr, "momentum": 0.0})
@@ -772,40 +739,35 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """p -= lr * sqrt(max(1, rows / cols)) * orthogonalize(Nesterov momentum), for every matrix p."""
         params, lr, momentum = (self.param_groups[0][key] for key in ("params", "lr", "momentum"))
-        sizes = [p.numel() for p in params]
+        sizes, buffers = [p.numel() for p in params], [self.state[p]["buffer"] for p in params]
         updates = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
         views = [part.view_as(p) for part, p in zip(updates.split(sizes), params, strict=True)]
-        buffers, grads = [self.state[p]["buffer"] for p in params], [p.grad for p in params]
         torch._foreach_mul_(buffers, momentum)  # all of them on every rank, so that any rank can write a checkpoint
-        torch._foreach_add_(buffers, grads)
+        torch._foreach_add_(buffers, [p.grad for p in params])
         # Each matrix is one rank's work: summing the ranks' otherwise zero bf16 updates hands every rank the whole set.
         for p, buffer, view in zip(params[self.mine], buffers[self.mine], views[self.mine], strict=True):
-            update = orthogonalize(p.grad + momentum * buffer, self.steps)
-            view.copy_(update * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+            view.copy_(orthogonalize(p.grad + momentum * buffer, self.steps) * max(1.0, p.size(0) / p.size(1)) ** 0.5)
         self.rt.sum(updates)
-        for p, update in zip(params, views, strict=True):
-            p.add_(update.float(), alpha=-lr)
+        torch._foreach_add_(params, [view.float() for view in views], alpha=-lr)
 
 
 def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.optim.Adam]:
     """(Muon, Adam), fresh. Every parameter belongs to exactly one group, and each group remembers its `base_lr`."""
     inside = list(model.blocks.named_parameters())
-    matrices = [p for name, p in inside if p.ndim == 2 and "resid_mix" not in name]
-    scalars = [p for name, p in inside if p.ndim < 2 or "resid_mix" in name]
+    matrices = [p for name, p in inside if name.endswith("weight")]
+    scalars = [p for name, p in inside if not name.endswith("weight")]
     rates = (
         ([model.tok_emb.weight], cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr),
         ([*scalars, model.skip_weights], cfg.scalar_lr),
-        ([] if model.lm_head is None else [model.lm_head.weight], cfg.head_lr),
+        ([] if cfg.tie_embeddings else [model.lm_head.weight], cfg.head_lr),
     )
     groups = [{"params": params, "lr": lr, "base_lr": lr} for params, lr in rates if params]
     adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-    for p in (p for group in groups for p in group["params"]):  # as Adam would at its first step
+    for p in (rest := [p for params, _ in rates for p in params]):  # as Adam would at its first step
         step = torch.zeros((), dtype=torch.float32, device=rt.device)
         adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    muon = Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt)
-    owned = [id(p) for group in muon.param_groups + adam.param_groups for p in group["params"]]
-    assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter has no optimizer, or two"
-    return muon, adam
+    assert sorted(map(id, matrices + rest)) == sorted(map(id, model.parameters())), "parameter has no optimizer, or two"
+    return Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt), adam
 
 
 def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
@@ -822,10 +784,7 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
 
 QUANT_FORMAT = "int8_clean_per_row_v1"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KEEP_FLOAT_NUMEL = 65_536  # float tensors up to this size are stored as they are
-CLIP_QUANTILE = 99.99984 / 100  # of |w| in a row; what lies above is clipped
 SUBMISSION_BUDGET = 16_000_000  # bytes of code and artifact together
-CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")  # small and touchy: kept in fp32
 
 
 def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -834,17 +793,17 @@ def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
     out: dict[str, Any] = {"__quant_format__": QUANT_FORMAT} | {part: {} for part in parts}
     for name, tensor in state.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if tensor.numel() > KEEP_FLOAT_NUMEL:
+        if tensor.numel() > 65_536:  # what is smaller stays float
             assert tensor.ndim == 2, name
             w = tensor.float()  # (rows, cols), to be about q int8 (rows, cols) * scale fp16 (rows,)
-            clip = torch.quantile(w.abs(), CLIP_QUANTILE, dim=1, keepdim=True)
+            clip = torch.quantile(w.abs(), 99.99984 / 100, dim=1, keepdim=True)  # of a row; what lies above is clipped
             # The floor is a rate choice, not a guard: it makes the typical row coarse enough for zlib to bring the
             # record's model to 15.8 MB, and costs about 0.0075 bpb there.
             scale = (clip / 127).clamp_min(1 / 127)
             out["quantized"][name] = (w.clamp(-clip, clip) / scale).round().clamp(-127, 127).to(torch.int8)
             out["scales"][name] = scale[:, 0].half()
             out["dtypes"][name], out["qmeta"][name] = dtype, {"scheme": "per_row", "axis": 0}
-        elif any(control in name for control in CONTROL_NAMES):
+        elif name.endswith(("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")):  # small, touchy: fp32
             out["passthrough"][name] = tensor.float()
         else:
             out["passthrough"][name], out["passthrough_orig_dtypes"][name] = tensor.half(), dtype
@@ -852,10 +811,7 @@ def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict from an artifact's content, each tensor in the dtype that it was trained in.
-
-    `KeyError` or `ValueError` for what `quantize_state`, or the published script, cannot have made.
-    """
+    """A state dict in the dtypes of training. `KeyError`, `ValueError` for what neither we nor the record can write."""
     state, scales, quantized = {}, content["scales"], content["quantized"]
     if content["__quant_format__"] != QUANT_FORMAT:
         raise ValueError(f"its format is {content['__quant_format__']!r:.40}, not {QUANT_FORMAT}")
@@ -876,7 +832,7 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path."""
     # EVAL_ONLY has a .pt already: then only the artifact is written, under a name that no training uses.
     name = f"eval_{Path(cfg.model_path).stem}" if cfg.eval_only else "final_model"
-    path = Path(cfg.out_dir) / f"{name}.int8.ptz"
+    path = Path(cfg.out_dir, f"{name}.int8.ptz")
     if rt.rank:
         return path
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -890,8 +846,8 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     if not cfg.eval_only:
         write_atomically(path.with_name("final_model.pt"), raw)
     write_atomically(path, blob := zlib.compress(quantized, level=9))
-    held = [*content["quantized"].values(), *content["scales"].values(), *content["passthrough"].values()]
-    before, after = (sum(tensor.nbytes for tensor in tensors) for tensors in (state.values(), held))
+    before = sum(tensor.nbytes for tensor in state.values())
+    after = sum(tensor.nbytes for part in ("quantized", "scales", "passthrough") for tensor in content[part].values())
     rt.log(f"Serialized model: {len(raw)} bytes")
     rt.log(f"Code size: {code} bytes")
     rt.log(f"Total submission size: {len(raw) + code} bytes")
@@ -902,11 +858,8 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`.
-
-    The file may be a stranger's. It is never executed, and memory and time are bounded by its size.
-    """
-    try:
+    """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`."""
+    try:  # it may be a stranger's: it is never executed, and memory and time are bounded by its size
         blob, packed = read_file(path), str(path).endswith(".ptz")
         if packed:
             inflater, most = zlib.decompressobj(), max(2**26, 16 * len(blob))
@@ -930,12 +883,10 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
     """`cfg` with the model shape of the weights in file `path`. `UserError` if they are not this GPT's."""
     try:
         (vocab_size, dim), heads = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
-        found = replace(
-            cfg, vocab_size=vocab_size, model_dim=dim, num_heads=heads, tie_embeddings="lm_head.weight" not in state,
-            num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
-            num_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-            mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
-        )  # fmt: skip
+        found = replace(cfg, vocab_size=vocab_size, model_dim=dim, mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
+                        num_heads=heads, num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
+                        num_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+                        tie_embeddings="lm_head.weight" not in state)  # fmt: skip
         needed, held = count_parameters(found), sum(tensor.numel() for tensor in state.values())
         if needed > 2 * held:  # before the model is built: a few hundred bytes can claim to be of any shape
             raise ValueError(f"{held} numbers where a model of its shape has {needed}")
@@ -959,16 +910,12 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> N
 
 @dataclass(frozen=True)
 class Condition:
-    """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side.
-
-    With `targets`, each document owns adapters of `rank` on the projections whose names end so; after each chunk they
-    take a step of Adam on it, as `DocumentAdapters` says.
-    """
+    """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side."""
 
     chunk: int
     window: int
     batch: int
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()  # `DocumentAdapters` on projections whose names end so learn after each chunk
     rank: int = 0
     lr: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.95)
@@ -980,9 +927,8 @@ class Condition:
 
     def spans(self, docs: Documents) -> tuple[np.ndarray, np.ndarray]:
         """(starts, predictions) of what is scored by itself: the documents, or the whole rows of the stream."""
-        rows = (len(docs.tokens) - 1) // self.chunk
-        alone = np.arange(rows) * self.chunk, np.full(rows, self.chunk)
-        return (docs.starts, docs.predictions) if self.isolated else alone
+        rows = np.arange(0, len(docs.tokens) - self.chunk, self.chunk)
+        return (docs.starts, docs.predictions) if self.isolated else (rows, np.full_like(rows, self.chunk))
 
     def work(self, predictions: np.ndarray) -> np.ndarray:
         """Positions that must be computed to score documents of so many predictions: the inputs of all windows."""
@@ -996,16 +942,16 @@ class Condition:
 class DocumentAdapters:
     """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says.
 
-    All numbers of the document in one seat are one row of `flat` (seats, P), so that one update serves every adapter
-    of every document. Every document starts from the same seeded values, A ~ U(-spread/sqrt(in), spread/sqrt(in)) and
-    B = 0, so that its score does not depend on its neighbours. The rate falls with the number t of tokens learned from
-    as (1 + t/1000)^-decay: what a document is like is learned early, and a constant rate drowns it in noise.
-    Source: LoRA, https://arxiv.org/abs/2106.09685.
+    The document in a seat is one row of `flat` (seats, P), so that one update serves all. Every one starts from the
+    same seeded values, A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, so that no score depends on neighbours. The
+    rate falls with the number t of tokens learned from as (1 + t/1000)^-decay: what a document is like is learned
+    early, and a constant rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685.
     """
 
     def __init__(self, model: GPT, how: Condition, seats: int, seed: int, rt: Runtime) -> None:
-        found = {layer.name: layer.weight for layer in model.modules() if isinstance(layer, Linear)}
-        layers = {n: w for n, w in (found | {"lm_head": model.head}).items() if n.endswith(how.targets)}
+        named = dict(model.named_parameters()) | {"lm_head.weight": (model.lm_head or model.tok_emb).weight}
+        named = {name.removesuffix(".weight"): matrix for name, matrix in named.items()}
+        layers = {name: matrix for name, matrix in named.items() if name.endswith(how.targets)}
         generator = torch.Generator(device="cpu").manual_seed(seed)
         self.names, self.how, self.dtype, self.shapes, start = list(layers), how, model.dtype, [], []
         for out_dim, in_dim in (weight.shape for weight in layers.values()):
@@ -1014,9 +960,8 @@ class DocumentAdapters:
             start += [a * (how.spread / math.sqrt(in_dim)), torch.zeros(out_dim * how.rank, device="cpu")]
         self.start = torch.cat(start).to(rt.device)
         self.flat = self.start.repeat(seats, 1)
-        self.square = torch.zeros_like(self.flat)
+        self.square, self.steps = torch.zeros_like(self.flat), torch.zeros(seats, 1, device=rt.device)
         self.mean = torch.zeros_like(self.flat) if how.betas[0] else self.flat.new_zeros(seats, 1)  # else never read
-        self.steps = torch.zeros(seats, 1, device=rt.device)
         self.state = [self.flat, self.mean, self.square, self.steps]  # one row a seat
 
     def reset(self, rows: Tensor) -> None:
@@ -1154,7 +1099,7 @@ class Memory:
 
     def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
         attn, self.how, self.now, self.base = model.blocks[0].attn, how, 0, model.rope_base
-        self.heads, self.dim = len(attn.q_gain), attn.head_dim
+        self.heads, self.dim = len(attn.q_gain), model.blocks[0].head_dim
         shape = seats, attn.c_k.out_features // self.dim, how.window, self.dim
         nothing = torch.zeros(shape, dtype=model.dtype, device=rt.device)
         self.past = [(nothing, nothing)] * len(model.blocks)  # keys and values (seats, G, W, N) of each layer

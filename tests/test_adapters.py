@@ -33,7 +33,8 @@ def test_merged_weights_equal_adapters(rt, tied):
     with torch.no_grad():
         expected, plain = model(ids, targets, adapters=pairs), model(ids, targets)
         merged = tg.GPT(tiny_config(tie_embeddings=False), rt.dtype)
-        state = model.state_dict() | {"lm_head.weight": model.head.float()}  # so that a tied head can be merged alone
+        head = (model.lm_head or model.tok_emb).weight.float()
+        state = model.state_dict() | {"lm_head.weight": head}  # so that a tied head can be merged alone
         for name, (a, b) in pairs.items():
             state[f"{name}.weight"] = state[f"{name}.weight"] + b[0] @ a[0]
         merged.load_state_dict(state)

@@ -237,7 +237,7 @@ def see_the_future(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def normalise_over_the_batch(x):
+def normalise_over_the_batch(x, shape):
     return x / x.square().mean().sqrt()
 
 
@@ -272,7 +272,7 @@ BUGS = {
     "a look ahead in slid windows": (tg, "gather_chunk", look_ahead_in_slid_windows),
     "one gradient for all documents": (tg.DocumentAdapters, "adam", share_lessons),
     "attention without a mask": (tg, "causal_attention", see_the_future),
-    "statistics of the whole batch": (tg, "rms_norm", normalise_over_the_batch),
+    "statistics of the whole batch": (tg.F, "rms_norm", normalise_over_the_batch),
 }
 STREAM_BUGS = {name: bug for name, bug in BUGS.items() if bug[1] not in ("gather_chunk", "causal_attention")} | {
     "a chunk that sees its own future": (tg.Memory, "turn", see_the_future_of_the_chunk),

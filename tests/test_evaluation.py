@@ -315,7 +315,7 @@ def banded_losses(model, docs, window):
         """Stands in for a memory: absolute positions, and a mask in place of a past."""
 
         def __init__(self, n):
-            self.n, self.rope = n, tg.rope_tables(torch.arange(n), model.blocks[0].attn.head_dim, 10000.0)
+            self.n, self.rope = n, tg.rope_tables(torch.arange(n), model.blocks[0].head_dim, 10000.0)
 
         def attend(self, layer, q, k, v):
             mask = bias[: self.n, : self.n]
