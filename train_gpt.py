@@ -65,19 +65,15 @@ PRESETS: dict[str, dict[str, Any]] = {"baseline": {}, "cpu": dict(
     eval=("flat", "doc", "stride", "ttt", "stream"), checkpoint_seconds=30.0,
 )}  # fmt: skip
 
-
 class UserError(ValueError):
     """Something a user can put right: shown as one line, without a traceback, with exit status 1."""
-
 
 class AgreedError(UserError):
     """A `UserError` that every rank raises alike, so that rank 0 alone shows it."""
 
-
 def _opt(default: Any, unit: str, least: float = -1e18, most: float = 1e18, choices: tuple[str, ...] = ()) -> Any:
     """A field of `Config`: its default, what it counts, and the numbers or the words that it accepts."""
     return field(default=default, metadata={"unit": unit, "least": least, "most": most, "choices": choices})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -153,7 +149,6 @@ class Config:
     ttt_stream_rank: int = _opt(32, "stream: adapter rank", 1, 1024)
     ttt_stream_targets: tuple[str, ...] = _opt(TARGETS[3:], "stream: projections with adapters", choices=TARGETS)
 
-
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
     least, most, choices = (spec.metadata[key] for key in ("least", "most", "choices"))
@@ -171,13 +166,11 @@ def _parse(name: str, text: str, spec: Any) -> Any:
     expected = listed if choices else ",".join([number] * len(defaults))
     raise AgreedError(f"{name}={text!r:.60}: expected {expected}; set it so or unset it")
 
-
 def spell(value: Any) -> str:
     """The text that stands for a setting's value in the environment: what `_parse` reads back."""
     if isinstance(value, tuple):
         return ",".join(map(spell, value))
     return str(int(value) if isinstance(value, bool) else value)
-
 
 def read_config(env: Mapping[str, str]) -> Config:
     """Settings from the environment, else the preset's, else the defaults. `AgreedError` for what cannot be or work."""
@@ -191,13 +184,11 @@ def read_config(env: Mapping[str, str]) -> Config:
     check_config(cfg, world)
     return cfg
 
-
 def count_parameters(cfg: Config) -> int:
     """Numbers in the model: embedding and head, skip weights, then matrices, vectors and gains of each block."""
     dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads
     block = dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_mult * dim + 4) + cfg.num_heads
     return dim * (cfg.vocab_size * (2 - cfg.tie_embeddings) + cfg.num_layers // 2) + cfg.num_layers * block
-
 
 def check_config(cfg: Config, world: int) -> None:
     """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
@@ -228,7 +219,6 @@ def check_config(cfg: Config, world: int) -> None:
 
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
-
 
 @dataclass
 class Runtime:
@@ -388,7 +378,6 @@ class Runtime:
         hidden = not self.log_path or self.rank > 0 or not sys.stderr.isatty()
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
     """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q."""
     if q.is_cuda:
@@ -404,7 +393,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
         out.append((scores.softmax(-1) @ v[:, :end]).view(part.shape))
     return torch.cat(out, dim=2).view(q.shape)
 
-
 def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
     """(compute dtype, why). DTYPE=auto is bf16 where the hardware multiplies it natively, else fp32."""
     if cfg.dtype != "auto":
@@ -415,12 +403,10 @@ def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
     native = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if found.get(flag)]
     return (torch.bfloat16, f"processor has {native[0]}") if native else (torch.float32, f"{cfg.device} has no bf16")
 
-
 @functools.cache
 def source_code() -> str:
     """This file's own text, which heads every log and counts towards the budget: read once, lest it be edited."""
     return Path(__file__).read_bytes().decode()
-
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Put `parts` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
@@ -436,13 +422,11 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def read_file(path: str | Path) -> bytes:
     """The bytes of a regular file; `OSError` for anything else, since a pipe might never end."""
     if Path(path).exists() and not Path(path).is_file():
         raise OSError(f"{path}: found something that is not a file, expected one")
     return Path(path).read_bytes()
-
 
 def unpack(blob: bytes | memoryview) -> Any:
     """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make."""
@@ -452,12 +436,10 @@ def unpack(blob: bytes | memoryview) -> Any:
         raise ValueError("it unpacks to more than it may")
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
-
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain values, atomically and behind their SHA-256, so that a damaged file is known as one."""
     torch.save(state, buffer := io.BytesIO())
     write_atomically(path, sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
-
 
 def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote. `UserError` where the file is damaged or something else."""
@@ -469,14 +451,12 @@ def load_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever the file system, zipfile and torch.load find wrong
         raise UserError(f"{path}: unusable ({error!r:.160}); expected a checkpoint of this script") from None
 
-
 def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
     """The checkpoints of a run, or of any, in OUT_DIR, the newest first."""
     return sorted(Path(cfg.out_dir, "checkpoints").glob(f"{run_id}.step*.pt"), key=os.path.getmtime, reverse=True)
 
 
 # ==== Byte metric: the UTF-8 bytes that a token stands for ===========================================================
-
 
 def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
     """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
@@ -489,7 +469,6 @@ def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
         found = f"no usable file ({type(error).__name__})"
     expected = f"the SentencePiece .model that made the shards, with BOS and the model's {vocab_size} pieces"
     raise UserError(f"TOKENIZER_PATH={path}: found {found}; expected {expected}; correct the path or VOCAB_SIZE")
-
 
 @dataclass(frozen=True)
 class ByteTable:
@@ -520,7 +499,6 @@ class ByteTable:
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 
-
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped: (n,) uint16. `UserError` unless header, version and size agree."""
     size = path.stat().st_size if path.is_file() else 0
@@ -531,14 +509,12 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path}: found {found}; expected {expected}; see data/README.md")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
-
 def open_shards(folder: str, pattern: str) -> list[np.ndarray]:
     """All shards of `folder` that match, in sorted order; every header is checked now, not when its turn comes."""
     paths = sorted(Path(folder).glob(pattern))
     if not paths:
         raise UserError(f"DATA_PATH={folder}: found no {pattern}; expected shards, see data/README.md for making them")
     return [open_shard(path) for path in paths]
-
 
 class TokenStream:
     """The training tokens of all shards in order, wrapping forever. Its whole state is `position`."""
@@ -566,7 +542,6 @@ class TokenStream:
         self.position += span * rt.world
         return tokens[:-1].view(-1, cfg.train_seq_len), tokens[1:].view(-1, cfg.train_seq_len)
 
-
 @dataclass(frozen=True)
 class Documents:
     """The validation stream on the device, and its documents in stream order. Position p predicts token p + 1."""
@@ -577,7 +552,6 @@ class Documents:
     predictions: np.ndarray  # (docs,) int64, how many it owns, all >= 1; the target of the last is the next BOS
     short: int = 0  # how many documents have no text
     beyond: int = 0  # targets beyond the last document, should there be a limit
-
 
 def split_documents(stream: np.ndarray, bos: int, limit: int, table: ByteTable, device: torch.device) -> Documents:
     """Cut the validation `stream` (n,) at BOS and put it on the device. `UserError` if there is nothing to predict."""
@@ -599,12 +573,10 @@ def split_documents(stream: np.ndarray, bos: int, limit: int, table: ByteTable, 
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
 NO_LORA: Adapters = {}
 
-
 def project(x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None) -> Tensor:
     """x W^T, plus each row's own x A^T B^T: (B, T, in) -> (B, T, out), all in the dtype of x, whatever that of W."""
     out = F.linear(x, weight.to(x.dtype))
     return out if lora is None else torch.baddbmm(out, torch.bmm(x, lora[0].mT), lora[1].mT)
-
 
 def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Factors (T, N) fp32 of a rotation, [cos, cos] and [sin, -sin] of position (T,) x frequency, built in fp64."""
@@ -612,7 +584,6 @@ def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, 
     angle = torch.outer(positions.double(), base**-exponent)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
-
 
 class Block(nn.Module):
     """Causal attention with grouped heads, then an MLP with relu squared; it can mix the embedding back in first."""
@@ -645,7 +616,6 @@ class Block(nn.Module):
         y = project(F.rms_norm(x, x.shape[-1:]), mlp.fc.weight, adapters.get(f"{name}.mlp.fc"))
         y = project(F.relu(y).square(), mlp.proj.weight, adapters.get(f"{name}.mlp.proj"))
         return torch.addcmul(x, mlp_scale, y)
-
 
 class GPT(nn.Module):
     """The record's transformer: skip connections from its first half to its second, a soft-capped head.
@@ -700,7 +670,6 @@ class GPT(nn.Module):
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
-
 def frozen(model: GPT) -> GPT:
     """A copy that only evaluates: its weights are in the compute dtype already, and none of them learns."""
     copied = copy.deepcopy(model).requires_grad_(False)
@@ -711,7 +680,6 @@ def frozen(model: GPT) -> GPT:
 
 
 # ==== Optimizers ======================================================================================================
-
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16."""
@@ -725,7 +693,6 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
-
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors."""
@@ -750,7 +717,6 @@ class Muon(torch.optim.Optimizer):
         self.rt.sum(updates)
         torch._foreach_add_(params, [view.float() for view in views], alpha=-lr)
 
-
 def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.optim.Adam]:
     """(Muon, Adam), fresh. Every parameter belongs to exactly one group, and each group remembers its `base_lr`."""
     inside = list(model.blocks.named_parameters())
@@ -769,7 +735,6 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.
     assert sorted(map(id, matrices + rest)) == sorted(map(id, model.parameters())), "parameter has no optimizer, or two"
     return Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt), adam
 
-
 def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
     """(factor on every learning rate, Muon's momentum) at `step`, counted from 0; the fall and the climb are linear."""
     left, fall = cfg.iterations - step, cfg.warmdown_iters
@@ -785,7 +750,6 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
 QUANT_FORMAT = "int8_clean_per_row_v1"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUBMISSION_BUDGET = 16_000_000  # bytes of code and artifact together
-
 
 def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The artifact's content, in the published layout (spec section 5), from a state dict on the CPU."""
@@ -809,7 +773,6 @@ def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
             out["passthrough"][name], out["passthrough_orig_dtypes"][name] = tensor.half(), dtype
     return out
 
-
 def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """A state dict in the dtypes of training. `KeyError`, `ValueError` for what neither we nor the record can write."""
     state, scales, quantized = {}, content["scales"], content["quantized"]
@@ -826,7 +789,6 @@ def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
         original = content["passthrough_orig_dtypes"].get(name)
         state[name] = tensor.to(FLOATS[original]) if original else tensor
     return state
-
 
 def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     """Rank 0 writes the weights and the artifact, atomically, and logs their sizes. Returns the artifact's path."""
@@ -856,7 +818,6 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     rt.log(f"Total submission size int8+zlib: {len(blob) + code} bytes")
     return path
 
-
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`."""
     try:  # it may be a stranger's: it is never executed, and memory and time are bounded by its size
@@ -878,7 +839,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: unusable ({error!r:.200}); expected an artifact (.ptz) or state dict (.pt)") from None
     return state
 
-
 def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> Config:
     """`cfg` with the model shape of the weights in file `path`. `UserError` if they are not this GPT's."""
     try:
@@ -894,7 +854,6 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
         raise UserError(f"{path}: not the weights of this model ({error!r:.160}); expected its tensor names") from None
     return found
 
-
 def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy the weights of file `path` into the model. `UserError` naming the first tensor that does not fit."""
     shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (model.state_dict(), state)]
@@ -906,7 +865,6 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> N
 
 
 # ==== Adapters: a low-rank correction per document, and its optimizer =================================================
-
 
 @dataclass(frozen=True)
 class Condition:
@@ -937,7 +895,6 @@ class Condition:
         inputs = self.chunk * growing * (growing + 1) // 2 + (full - growing) * self.window
         inputs += np.minimum(predictions, self.window) * (predictions % self.chunk > 0)
         return predictions if self.stream else inputs
-
 
 class DocumentAdapters:
     """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says.
@@ -992,7 +949,6 @@ class DocumentAdapters:
 
 # ==== Evaluation ======================================================================================================
 
-
 def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN."""
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)
@@ -1009,7 +965,6 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
         "stream_fast": replace(best, chunk=2 * best.chunk, lr=math.sqrt(2) * best.lr),  # half as many steps
         "stream": replace(best, final="final_int8_ttt_stream"),
     }
-
 
 @dataclass(frozen=True)
 class Score:
@@ -1067,7 +1022,6 @@ class Score:
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
-
 def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
     """Rank 0 writes the columns of every score as CSV, from which anyone can add up the printed totals."""
     if rt.rank == 0:
@@ -1077,7 +1031,6 @@ def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
         write_atomically(path, data := "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
         rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data).hexdigest()}")
 
-
 def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
     """Documents of each of `count` ranks or seats, most work first: the longest one left goes to the least loaded."""
     loads, shares = np.zeros(count, dtype=np.int64), [[] for _ in range(count)]
@@ -1086,7 +1039,6 @@ def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
         shares[least].append(document)
         loads[least] += work[document]
     return [np.array(share, dtype=np.int64) for share in shares]
-
 
 class Memory:
     """Keys and values of the last W tokens of documents side by side, in every layer.
@@ -1131,7 +1083,6 @@ class Memory:
         weights = torch.baddbmm(self.bias, queries, keys.mT).softmax(-1)
         return torch.bmm(weights, values).view(q.shape)
 
-
 def gather_chunk(
     tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, how: Condition, rt: Runtime
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
@@ -1151,7 +1102,6 @@ def gather_chunk(
     live, place = place < end, torch.minimum(place, end - 1)
     at = None if (begins == places).all() else place - begin  # None: everywhere
     return ids, tokens[start + place + 1].long(), at, start + place, live
-
 
 def score_then_learn(
     model: GPT, chunk: tuple, rows: Tensor | slice, adapters: DocumentAdapters | None, memory: Any, learn: bool
@@ -1174,7 +1124,6 @@ def score_then_learn(
             adapters.adam(rows, torch.autograd.grad(mean_losses.sum(), flat)[0])
     return losses.detach()
 
-
 def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(document, number of its chunk) for each seat still taken, turn after turn; the seats taken are the first ones.
 
@@ -1191,7 +1140,6 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
         yield taken, done[taken]
         done[taken] += 1
 
-
 def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool]]:
     """Rows whose windows run together, and whether they are learned from: a document's last chunk teaches nobody.
 
@@ -1205,7 +1153,6 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
         shapes = np.full_like(shapes, more.any())
     for shape in np.unique(shapes):
         yield np.flatnonzero(shapes == shape), bool(shape > 0)
-
 
 class Progress:
     """Documents that an evaluation has finished, on disk for the next attempt; and its seconds, which may be limited.
@@ -1253,7 +1200,6 @@ class Progress:
             raise UserError(f"what is finished is kept in {self.stem.parent}")
         return not over
 
-
 def fill_ledger(
     model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
 ) -> tuple[Tensor, int]:
@@ -1294,7 +1240,6 @@ def fill_ledger(
                 break
     return rt.sum(ledger), int(rt.sum(torch.tensor(computed, device=rt.device)).item())
 
-
 def evaluate(
     model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
 ) -> Score:
@@ -1305,7 +1250,6 @@ def evaluate(
 
 
 # ==== Audits: what makes a score worth believing ======================================================================
-
 
 def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProcessor, rt: Runtime) -> None:
     """Hold the bytes of up to 256 documents, evenly spread, against their decoded text; `UserError` names the piece."""
@@ -1333,7 +1277,6 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProce
             found = f"{counted} bytes were counted where the decoded text has {spelled}, because of {cause}"
             raise UserError(f"audit bytes: up to token {end} {found}; no bpb is right; take another tokenizer")
     rt.log(f"audit bytes: documents:{len(picks)} of:{len(docs.starts)} table_bytes:{counted} text_bytes:{spelled} PASS")
-
 
 def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> str:
     """Score three documents twice; the second time all tokens of one and those after a cut in the others are random.
@@ -1370,7 +1313,6 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
 
 # ==== Training ========================================================================================================
 
-
 def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, Tensor], Tensor]:
     """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model."""
     # On two cores compiling takes a minute and then saves a quarter of every step (records/NOTES.md). Evaluations never
@@ -1392,7 +1334,6 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
         return model
     rt.log(f"compile:done time:{rt.seconds() - began:.1f}s")
     return forward
-
 
 class Trainer:
     """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent.
@@ -1522,7 +1463,6 @@ class Trainer:
         pace = f"train_time:{self.elapsed_ms:.0f}ms step_avg:{self.elapsed_ms / max(self.step, 1):.2f}ms"
         self.rt.log(f"step:{self.step}/{self.cfg.iterations} {what} {pace}")
 
-
 def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
     """Train until the budget is used up, validating on the way, outside the clock. `AgreedError` after a signal."""
     cfg, rt, cap = trainer.cfg, trainer.rt, 1000 * (trainer.cfg.max_wallclock_seconds or math.inf)
@@ -1560,7 +1500,6 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
 
 # ==== Main: the order of events =======================================================================================
 
-
 def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | None, TokenStream, Documents, dict]:
     """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes by file). `UserError` for errors.
 
@@ -1585,7 +1524,6 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
         rt.log(f"sha256 val:{hashes[name]} {name}")
     audit_bytes(docs, table, tokenizer, rt)
     return cfg, weights, TokenStream(train), docs, hashes
-
 
 def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
@@ -1626,7 +1564,6 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
         for path in (path for progress in kept for path in progress.files()):
             path.unlink()
 
-
 def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
     cfg, weights, stream, docs, hashes = rt.together(lambda: load_inputs(cfg, rt))
@@ -1651,7 +1588,6 @@ def run(cfg: Config, rt: Runtime) -> None:
     if not cfg.eval_only:
         trainer.report(str(evaluate(model, docs, flat, cfg, rt)))
     score_artifact(model, artifact, docs, cfg, rt, hashes)
-
 
 def main() -> int:
     """The program. Returns its exit status: 0, 1 for an error, 75 where a signal has stopped it."""
@@ -1679,7 +1615,6 @@ def main() -> int:
         dist.destroy_process_group()
         time.sleep(0.1)  # gloo's threads need the interpreter to drop their last tensors, and abort when it is gone
     return status
-
 
 if __name__ == "__main__":
     sys.exit(main())
