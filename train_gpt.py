@@ -53,7 +53,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # ==== Config: what can be set =========================================================================================
-
 RUNGS = ("flat", "doc", "stride", "ttt", "stream_fast", "stream")
 TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "fc", "mlp.proj", "lm_head")
 # Overrides of the defaults in `Config`. `cpu` was chosen by measurement on two cores; records/NOTES.md has the tries.
@@ -70,6 +69,11 @@ class UserError(ValueError):
 
 class AgreedError(UserError):
     """A `UserError` that every rank raises alike, so that rank 0 alone shows it."""
+
+def require(holds: Any, line: str, kind: type[UserError] = UserError) -> None:
+    """Refuse, with this line, what does not hold."""
+    if not holds:
+        raise kind(line)
 
 def _opt(default: Any, unit: str, least: float = -1e18, most: float = 1e18, choices: tuple[str, ...] = ()) -> Any:
     """A field of `Config`: its default, what it counts, and the numbers or the words that it accepts."""
@@ -145,26 +149,20 @@ class Config:
     ttt_batch_size: int = _opt(64, "documents side by side", 1)
     ttt_stream_chunk: int = _opt(64, "stream: predictions scored, then learned from, at once", 1, 65536)
     ttt_stream_lr: float = _opt(0.0045, "stream: Adam rate at the start of a document", 0)
-    ttt_stream_betas: tuple[float, ...] = _opt((0.0, 0.99), "stream: Adam", 0, 0.999999)
     ttt_stream_rank: int = _opt(32, "stream: adapter rank", 1, 1024)
     ttt_stream_targets: tuple[str, ...] = _opt(TARGETS[3:], "stream: projections with adapters", choices=TARGETS)
 
 def _parse(name: str, text: str, spec: Any) -> Any:
     """The value that `text` spells for the field `spec`, or `AgreedError` saying what was expected."""
     least, most, choices = (spec.metadata[key] for key in ("least", "most", "choices"))
-    several = isinstance(spec.default, tuple)
-    defaults, words = (spec.default, text.split(",")) if several else ((spec.default,), [text])
-    kind, span = type(defaults[0]), f"from {least:g} to {most:g}"
-    number = {bool: "0 or 1", int: f"a whole number {span}", float: f"a number {span}", str: "some text"}[kind]
+    kind, span, words = type(spec.default), f"from {least:g} to {most:g}", ", ".join(choices)
     with contextlib.suppress(ValueError, KeyError):
-        values = tuple({"0": False, "1": True}[word] if kind is bool else kind(word) for word in words)
+        values = text.split(",") if kind is tuple else [{"0": False, "1": True}[text] if kind is bool else kind(text)]
         known = len(set(values) & set(choices)) == len(values)  # and none twice
-        within = len(values) == len(defaults) and (kind is str or all(least <= value <= most for value in values))
-        if known if choices else within:
-            return values if several else values[0]
-    listed = f"{'some' if several else 'one'} of {', '.join(choices)}"
-    expected = listed if choices else ",".join([number] * len(defaults))
-    raise AgreedError(f"{name}={text!r:.60}: expected {expected}; set it so or unset it")
+        if known if choices else kind is str or least <= values[0] <= most:
+            return tuple(values) if kind is tuple else values[0]
+    expected = {bool: "0 or 1", int: f"a whole number {span}", float: f"a number {span}", str: f"one of {words}"}
+    raise AgreedError(f"{name}={text!r:.60}: expected {expected.get(kind, f'some of {words}')}; set it so or unset it")
 
 def spell(value: Any) -> str:
     """The text that stands for a setting's value in the environment: what `_parse` reads back."""
@@ -195,31 +193,26 @@ def check_config(cfg: Config, world: int) -> None:
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(unit, round(cfg.train_batch_tokens / unit) * unit)
     name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
-    for holds, line in (
-        (re.fullmatch(f"({name})?", cfg.run_id),
-         f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it"),
-        (re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not Path(cfg.out_dir, cfg.scores_path or "?").is_dir(),
-         f"SCORES_PATH={cfg.scores_path!r}: expected the name of a file in OUT_DIR, ending in .csv; rename it"),
-        (cfg.model_path or not cfg.eval_only,
-         "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH"),
-        (cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
-         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size}: expected at most the window TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
-        (cfg.model_dim % (2 * cfg.num_heads) == 0,
-         f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, an even dim for each of NUM_HEADS"),
-        (cfg.num_heads % cfg.num_kv_heads == 0,
-         f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads}; change one of them"),
-        (count_parameters(cfg) <= 1e9,
-         f"MODEL_DIM, NUM_LAYERS, MLP_MULT: found a model of {count_parameters(cfg)} parameters, expected at most 1e9"),
-        (cfg.eval_only or cfg.train_batch_tokens % unit == 0,
-         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
-         f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is {nearest}"),
-    ):  # fmt: skip
-        if not holds:
-            raise AgreedError(line)
-
+    ask = functools.partial(require, kind=AgreedError)
+    ask(re.fullmatch(f"({name})?", cfg.run_id),
+        f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it")
+    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not Path(cfg.out_dir, cfg.scores_path or "?").is_dir(),
+        f"SCORES_PATH={cfg.scores_path!r}: expected the name of a file in OUT_DIR, ending in .csv; rename it")
+    ask(cfg.model_path or not cfg.eval_only,
+        "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH")
+    ask(cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
+        f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size}: expected at most the window TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
+    ask(cfg.model_dim % (2 * cfg.num_heads) == 0,
+        f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, an even dim for each of NUM_HEADS")
+    ask(cfg.num_heads % cfg.num_kv_heads == 0,
+        f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads}; change one of them")
+    ask(count_parameters(cfg) <= 1e9,
+        f"MODEL_DIM, NUM_LAYERS, MLP_MULT: found a model of {count_parameters(cfg)} parameters, expected at most 1e9")
+    ask(cfg.eval_only or cfg.train_batch_tokens % unit == 0,
+        f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
+        f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is {nearest}")
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
-
 @dataclass
 class Runtime:
     """Device, precision, rank, world, reductions and logging of this process. The rest of the file never asks."""
@@ -397,23 +390,22 @@ def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
     """(compute dtype, why). DTYPE=auto is bf16 where the hardware multiplies it natively, else fp32."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype), "DTYPE"
-    if cfg.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the GPU has bf16"
-    found = torch.cpu.get_capabilities() if cfg.device == "cpu" else {}
+    gpu = cfg.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    found = {"bf16": gpu} if cfg.device == "cuda" else torch.cpu.get_capabilities()
     native = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if found.get(flag)]
-    return (torch.bfloat16, f"processor has {native[0]}") if native else (torch.float32, f"{cfg.device} has no bf16")
+    return (torch.bfloat16, f"{cfg.device} has {native[0]}") if native else (torch.float32, f"{cfg.device} has no bf16")
 
 @functools.cache
 def source_code() -> str:
     """This file's own text, which heads every log and counts towards the budget: read once, lest it be edited."""
     return Path(__file__).read_bytes().decode()
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Put `parts` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Put `data` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.writelines(parts)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -423,50 +415,45 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a regular file; `OSError` for anything else, since a pipe might never end."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise OSError(f"{path}: found something that is not a file, expected one")
+    """The bytes of a regular file; `UserError` for anything else, since a pipe might never end."""
+    found = "something else than a file" if Path(path).exists() else "nothing"
+    require(Path(path).is_file(), f"{path}: found {found}, expected a file")
     return Path(path).read_bytes()
 
-def unpack(blob: bytes | memoryview) -> Any:
+def unpack(blob: bytes) -> Any:
     """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make."""
-    entries = zipfile.ZipFile(io.BytesIO(blob)).infolist()
-    slow = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
-    if sum(entry.file_size for entry in entries) > len(blob) or slow > 2**21:
-        raise ValueError("it unpacks to more than it may")
+    entries = (archive := zipfile.ZipFile(io.BytesIO(blob))).infolist()
+    slow, every = (sum(e.file_size for e in entries if e.filename.endswith(end)) for end in (".pkl", ""))
+    require(slow <= 2**21 and every <= len(blob), "it unpacks to more than it may")
+    require(not archive.testzip(), "damaged: a checksum is wrong")
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values, atomically and behind their SHA-256, so that a damaged file is known as one."""
+    """Write tensors and plain values, atomically."""
     torch.save(state, buffer := io.BytesIO())
-    write_atomically(path, sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
+    write_atomically(path, buffer.getbuffer())
 
 def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote. `UserError` where the file is damaged or something else."""
     try:
-        blob = memoryview(read_file(path))
-        if sha256(blob[32:]).digest() != blob[:32]:
-            raise ValueError("damaged or cut short")
-        return unpack(blob[32:])
+        return unpack(read_file(path))
     except Exception as error:  # whatever the file system, zipfile and torch.load find wrong
         raise UserError(f"{path}: unusable ({error!r:.160}); expected a checkpoint of this script") from None
 
 def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
     """The checkpoints of a run, or of any, in OUT_DIR, the newest first."""
-    return sorted(Path(cfg.out_dir, "checkpoints").glob(f"{run_id}.step*.pt"), key=os.path.getmtime, reverse=True)
-
+    found = Path(cfg.out_dir, "checkpoints").glob(f"{run_id}.step{9 * '[0-9]'}.pt")
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 # ==== Byte metric: the UTF-8 bytes that a token stands for ===========================================================
-
 def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
     """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
-    try:
-        tokenizer = SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    found = "no usable file"
+    with contextlib.suppress(UserError, OSError, RuntimeError):
+        tokenizer = SentencePieceProcessor(model_proto=read_file(path))
         if tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0:
             return tokenizer
         found = f"{tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
-    except (OSError, RuntimeError) as error:
-        found = f"no usable file ({type(error).__name__})"
     expected = f"the SentencePiece .model that made the shards, with BOS and the model's {vocab_size} pieces"
     raise UserError(f"TOKENIZER_PATH={path}: found {found}; expected {expected}; correct the path or VOCAB_SIZE")
 
@@ -485,8 +472,8 @@ class ByteTable:
         byte, pieces = np.array(tokenizer.is_byte(ids)), tokenizer.id_to_piece(ids)
         text = ~(np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids) | tokenizer.is_unused(ids))
         sizes = np.array([len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces])
-        if not text[tokenizer.piece_to_id("▁")]:  # byte fallback would spell, and count, such a space as three bytes
-            raise UserError("TOKENIZER_PATH: found no piece '▁', expected one, else spaces miscount; train it with one")
+        line = "TOKENIZER_PATH: found no piece '▁', expected one, else spaces miscount; train it with one"
+        require(text[tokenizer.piece_to_id("▁")], line)  # byte fallback would spell, and count, a space as three bytes
         space = np.array([piece.startswith("▁") for piece in pieces])
         return cls(np.where(byte, 1, sizes) * text, space & text & ~byte, text)
 
@@ -494,26 +481,20 @@ class ByteTable:
         """Bytes of each `target` given the token before it: ids of any shape -> int64 of that shape."""
         return self.base[target] + (self.leading_space[target] & self.is_text[previous])
 
-
 # ==== Data: shards, the training stream, the validation documents =====================================================
-
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped: (n,) uint16. `UserError` unless header, version and size agree."""
     size = path.stat().st_size if path.is_file() else 0
-    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist() if size >= HEADER_BYTES else (0, 0, 0)
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count <= 0 or size != HEADER_BYTES + 2 * count:
-        found = f"{size} bytes, magic {magic}, version {version}, {count} tokens"
-        expected = f"magic {SHARD_MAGIC}, version {SHARD_VERSION} and {HEADER_BYTES} + 2 x tokens bytes"
-        raise UserError(f"{path}: found {found}; expected {expected}; see data/README.md")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist() if size >= 1024 else (0, 0, 0)
+    found = f"{path}: found {size} bytes, magic {magic}, version {version}, {count} tokens"
+    expected = "magic 20240520, version 1 and 1024 + 2 x tokens bytes; see data/README.md"
+    require((magic, version, size) == (20240520, 1, 1024 + 2 * count) and count > 0, f"{found}; expected {expected}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(count,))
 
 def open_shards(folder: str, pattern: str) -> list[np.ndarray]:
     """All shards of `folder` that match, in sorted order; every header is checked now, not when its turn comes."""
     paths = sorted(Path(folder).glob(pattern))
-    if not paths:
-        raise UserError(f"DATA_PATH={folder}: found no {pattern}; expected shards, see data/README.md for making them")
+    require(paths, f"DATA_PATH={folder}: found no {pattern}; expected shards, see data/README.md for making them")
     return [open_shard(path) for path in paths]
 
 class TokenStream:
@@ -560,15 +541,13 @@ def split_documents(stream: np.ndarray, bos: int, limit: int, table: ByteTable, 
         stream, starts = stream[: starts[limit] + 1], starts[:limit]
     predictions = np.append(starts[1:], len(stream) - 1) - starts if len(starts) else starts
     sizes, scored = table.count(stream[:-1], stream[1:]), predictions > 0
-    if not scored.any() or not sizes.any():
-        found = f"{len(starts)} BOS (id {bos}) and {sizes.sum()} bytes of text in {len(stream)} tokens"
-        raise UserError(f"validation shards: {found}: nothing to predict; expected BOS, then text; see data/README.md")
+    found = f"{len(starts)} BOS (id {bos}) and {sizes.sum()} bytes of text in {len(stream)} tokens"
+    expected = "expected BOS, then text; see data/README.md"
+    require(scored.any() and sizes.any(), f"validation shards: {found}: nothing to predict; {expected}")
     tokens, sizes = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (stream, sizes))
     return Documents(tokens, sizes, starts[scored], predictions[scored], int((~scored).sum()), total - len(stream))
 
-
 # ==== Model ===========================================================================================================
-
 # The LoRA pair of each adapted projection by its name: A (B, R, in) and B (B, out, R). One not named has none.
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
 NO_LORA: Adapters = {}
@@ -670,6 +649,7 @@ class GPT(nn.Module):
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
+
 def frozen(model: GPT) -> GPT:
     """A copy that only evaluates: its weights are in the compute dtype already, and none of them learns."""
     copied = copy.deepcopy(model).requires_grad_(False)
@@ -678,9 +658,7 @@ def frozen(model: GPT) -> GPT:
             weight.data = weight.data.to(model.dtype)
     return copied
 
-
 # ==== Optimizers ======================================================================================================
-
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16."""
     # Source, of Muon as a whole too: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
@@ -744,9 +722,7 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
     momentum = (1 - way) * cfg.muon_momentum_warmup_start + way * cfg.muon_momentum
     return min(1.0, max(0.0, left / fall)) if fall else 1.0, momentum
 
-
 # ==== Artifact: int8 + zlib, written and read =========================================================================
-
 QUANT_FORMAT = "int8_clean_per_row_v1"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUBMISSION_BUDGET = 16_000_000  # bytes of code and artifact together
@@ -776,13 +752,12 @@ def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """A state dict in the dtypes of training. `KeyError`, `ValueError` for what neither we nor the record can write."""
     state, scales, quantized = {}, content["scales"], content["quantized"]
-    if content["__quant_format__"] != QUANT_FORMAT:
-        raise ValueError(f"its format is {content['__quant_format__']!r:.40}, not {QUANT_FORMAT}")
-    if twice := scales.keys() ^ quantized.keys() | quantized.keys() & content["passthrough"].keys():
-        raise ValueError(f"{min(twice)} is there twice, or half")
+    require(content["__quant_format__"] == QUANT_FORMAT, f"its format is {content['__quant_format__']!r:.40}")
+    twice = scales.keys() ^ quantized.keys() | quantized.keys() & content["passthrough"].keys()
+    require(not twice, f"there twice, or half: {', '.join(map(str, twice)):.80}")
     for name, q in quantized.items():
-        if q.dtype != torch.int8 or scales[name].shape not in (q.shape[:1], ()):
-            raise ValueError(f"{name} is {q.dtype} {tuple(q.shape)} with scales {tuple(scales[name].shape)}")
+        fits = q.dtype == torch.int8 and scales[name].shape in (q.shape[:1], ())
+        require(fits, f"{name} is {q.dtype} {tuple(q.shape)} with scales {tuple(scales[name].shape)}")
         scale = scales[name].float().view(-1, *[1] * (q.ndim - 1))
         state[name] = (q.float() * scale).to(FLOATS[content["dtypes"][name]])
     for name, tensor in content["passthrough"].items():
@@ -800,8 +775,8 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = quantize_state(state)
     for name, tensor in dequantize_state(content).items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name}: holds values that are not finite; expected a sound model, nothing was exported")
+        found = f"{name}: holds values that are not finite"
+        require(tensor.isfinite().all(), f"{found}; expected a sound model, nothing was exported")
     torch.save(state, raw := io.BytesIO())
     torch.save(content, quantized := io.BytesIO())
     raw, quantized, code = raw.getbuffer(), quantized.getbuffer(), len(source_code().encode())
@@ -825,16 +800,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if packed:
             inflater, most = zlib.decompressobj(), max(2**26, 16 * len(blob))
             blob = inflater.decompress(blob, most)
-            if not inflater.eof or inflater.unused_data:
-                raise ValueError(f"its zlib stream is cut short, goes on after its end, or holds over {most} bytes")
+            require(inflater.eof and not inflater.unused_data, f"cut short, followed by more, or over {most} bytes")
         content = unpack(blob)
         parts = [content[part] for part in ("quantized", "scales", "passthrough")] if packed else [content]
-        if sum(tensor.nbytes for part in parts for tensor in part.values()) > len(blob):  # views that repeat numbers
-            raise ValueError("its tensors are larger than the file")
+        held = sum(tensor.nbytes for part in parts for tensor in part.values())  # a view can repeat numbers
+        require(held <= len(blob), "its tensors are larger than the file")
         state = dequantize_state(content) if packed else content
         for name, tensor in state.items():
-            if not isinstance(name, str) or tensor.dtype not in FLOATS.values() or not tensor.isfinite().all():
-                raise ValueError(f"{name!r:.80} does not name finite floats")
+            sound = isinstance(name, str) and tensor.dtype in FLOATS.values() and tensor.isfinite().all()
+            require(sound, f"{name!r:.80} does not name finite floats")
     except Exception as error:  # whatever the file system, zlib and torch.load find wrong with a stranger's file
         raise UserError(f"{path}: unusable ({error!r:.200}); expected an artifact (.ptz) or state dict (.pt)") from None
     return state
@@ -848,8 +822,8 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
                         num_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
                         tie_embeddings="lm_head.weight" not in state)  # fmt: skip
         needed, held = count_parameters(found), sum(tensor.numel() for tensor in state.values())
-        if needed > 2 * held:  # before the model is built: a few hundred bytes can claim to be of any shape
-            raise ValueError(f"{held} numbers where a model of its shape has {needed}")
+        # Before the model is built: a few hundred bytes can claim to be of any shape.
+        require(needed <= 2 * held, f"{held} numbers where a model of its shape has {needed}")
     except (KeyError, ValueError, ZeroDivisionError, TypeError) as error:
         raise UserError(f"{path}: not the weights of this model ({error!r:.160}); expected its tensor names") from None
     return found
@@ -859,13 +833,10 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> N
     shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (model.state_dict(), state)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         expected, found = (shape.get(name, "no such tensor") for shape in shapes)
-        if expected != found:
-            raise UserError(f"{path}: {name}: found {found}, expected {expected}; it does not fit the other tensors")
+        require(expected == found, f"{path}: {name}: found {found}, expected {expected}, as other tensors say")
     model.load_state_dict(state)
 
-
 # ==== Adapters: a low-rank correction per document, and its optimizer =================================================
-
 @dataclass(frozen=True)
 class Condition:
     """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side."""
@@ -946,17 +917,15 @@ class DocumentAdapters:
             for state, part in zip(self.state, parts, strict=True):
                 state[rows] = part
 
-
 # ==== Evaluation ======================================================================================================
-
 def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     """What each word in EVAL means. `flat` has one row, should the stream be shorter than TRAIN_SEQ_LEN."""
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
     chunk, window, batch = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, cfg.ttt_batch_size
     recipe = ("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr
-    learner = cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, cfg.ttt_stream_betas
-    best = Condition(cfg.ttt_stream_chunk, window, batch, *learner, 4.0, 0.2, stream=True)  # see records/NOTES.md
+    learner = cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, (0.0, 0.99), 4.0, 0.2  # records/NOTES.md
+    best = Condition(cfg.ttt_stream_chunk, window, batch, *learner, stream=True)
     return {
         "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
         "doc": Condition(window, window, batch),
@@ -978,9 +947,9 @@ class Score:
     def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, limited: bool = False) -> Score:
         """From all ranks' `ledger` (2, n - 1): for each position of the stream, its loss and how often it was scored.
 
-        This is also the audit of coverage: `AgreedError` unless every position that `how` covers was scored exactly
-        once, no other ever was, and every loss is finite. Rows are pieces of `size` positions, the same under every
-        condition, so that conditions compare; tokens before the first BOS count as document -1.
+        Also the audit of coverage: `AgreedError` unless what `how` covers was scored exactly once, nothing else was,
+        and every loss is finite. Rows are pieces of `size` positions, the same under every condition, so that they can
+        be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing.
         """
         losses, times = ledger.cpu().numpy()
         starts, predictions = how.spans(docs)
@@ -1088,9 +1057,8 @@ def gather_chunk(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """(ids (B, T), targets (B, S), where in the window they are predicted, where in the stream, whether they exist).
 
-    Chunks begin `places` tokens into the documents at `starts`, which have `left` predictions more, and are of C
-    predictions or all that are left. The window of inputs is [max(0, end - W), end), where end is the chunk's end, or,
-    when streaming, the chunk alone; right of its end a shorter one repeats its last token, where nothing looks.
+    Chunks of C predictions, or all that are `left`, begin `places` tokens into the documents at `starts`. Inputs are
+    [max(0, end - W), end) before the chunk's end or, when streaming, the chunk; beyond, a last token that nobody sees.
     """
     ends = places + np.minimum(left, how.chunk)
     begins = places if how.stream else np.maximum(ends - how.window, 0)
@@ -1109,8 +1077,7 @@ def score_then_learn(
     """Losses (B, S) of a chunk under the adapters as they are; only then, if `learn`, one step on those same tokens.
 
     This order is the law of the game, and this is the only place that learns: the score of a token must come from a
-    state that has never seen it. The returned losses belong to the forward pass that ran before the update. `rows` are
-    the seats of the batch: all the first ones, as a slice, or those listed.
+    state that has never seen it. `rows` are the seats of the batch: all the first ones, as a slice, or those listed.
     """
     ids, targets, at, _, live = chunk
     with torch.set_grad_enabled(learn):
@@ -1169,10 +1136,6 @@ class Progress:
         """Those of all ranks and attempts."""
         return sorted(self.stem.parent.glob(f"{self.stem.name}.*.part"))
 
-    def seconds(self, wait: bool = True) -> float:
-        """What this attempt has taken, and earlier ones up to their last file."""
-        return self.earlier + self.rt.seconds(wait) - self.began
-
     def recall(self, ledger: Tensor, starts: np.ndarray, predictions: np.ndarray) -> np.ndarray:
         """Enter what is known into rank 0's ledger. Returns the documents that are left to score, on every rank."""
         for path in self.files() if self.rt.rank == 0 else ():
@@ -1206,9 +1169,8 @@ def fill_ledger(
     """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens.
 
     With targets, each document owns adapters that take one Adam step after each chunk that another one follows.
-    Documents are shared over the ranks by work, longest first, and run side by side as `plan_seats` has it; those that
-    `progress` knows are only copied. Returns the `ledger` of `Score.tally` and how many positions were computed, the
-    same on every rank.
+    Documents, but those that `progress` knows, are shared over the ranks by work, and run side by side as `plan_seats`
+    has it. Returns the `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
     """
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
@@ -1248,9 +1210,7 @@ def evaluate(
     limited = progress is not None and progress.limit > 0
     return replace(Score.tally(ledger, docs, how, cfg.ttt_chunk_size, limited), computed=computed)
 
-
 # ==== Audits: what makes a score worth believing ======================================================================
-
 def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProcessor, rt: Runtime) -> None:
     """Hold the bytes of up to 256 documents, evenly spread, against their decoded text; `UserError` names the piece."""
     ids = range(tokenizer.vocab_size())  # what is expected comes from the tokenizer, nothing from the table
@@ -1283,9 +1243,8 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
 
     What precedes a cut must score the same to the last bit (on GPUs, within `Runtime.noise`), else `UserError`: it saw
     a later token or another document. The first document, two chunks longer than a window, has the random one beside
-    it; the third, of two chunks, runs after both, where it would meet what they left behind. Cuts fall inside the last
-    chunk that is learned from, so that learning before scoring shows (unless chunks are single tokens). Every rank does
-    this by itself. Returns what was compared.
+    it; the third, of two chunks, meets what both left behind. Cuts fall inside the last chunk that is learned from, so
+    that learning before scoring shows (unless chunks are single tokens). Returns what every rank compared by itself.
     """
     picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3)
     long = how.window // how.chunk + 2
@@ -1305,14 +1264,12 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
     how = replace(how, batch=2, isolated=True)
     once, again = (fill_ledger(model, version, how, cfg, alone)[0][0][compared] for version in few)
     moved = (once - again).abs().max().item() if len(once) else 0.0
-    if not moved <= rt.noise:  # not a number is no agreement either
-        found = f"later tokens or other documents moved scores by up to {moved:g} nats"
-        raise UserError(f"audit causality: {found}; expected no change: this evaluation leaks, its score is void")
+    found = f"later tokens or other documents moved scores by up to {moved:g} nats"
+    line = f"audit causality: {found}; expected no change: this evaluation leaks, its score is void"
+    require(moved <= rt.noise, line)  # not a number is no agreement either
     return f"documents:{len(set(picks))} compared:{len(once)}"
 
-
 # ==== Training ========================================================================================================
-
 def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, Tensor], Tensor]:
     """The model's forward, compiled if COMPILE says so and the compiler manages on every rank; else the model."""
     # On two cores compiling takes a minute and then saves a quarter of every step (records/NOTES.md). Evaluations never
@@ -1329,11 +1286,10 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     except Exception as error:  # no C++ compiler, an unsupported operator: eager trains the same way, slower
         failure = f"{error!r:.160}"
     model.zero_grad(set_to_none=True)
-    if any(failures := rt.gather(failure)):
-        rt.log(f"compile:failed ({max(failures)}); running eager")
-        return model
-    rt.log(f"compile:done time:{rt.seconds() - began:.1f}s")
-    return forward
+    failure = max(rt.gather(failure))  # on any rank
+    done = f"done time:{rt.seconds() - began:.1f}s"
+    rt.log(f"compile:failed ({failure}); running eager" if failure else f"compile:{done}")
+    return model if failure else forward
 
 class Trainer:
     """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent.
@@ -1416,8 +1372,7 @@ class Trainer:
         state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state(), "counts": counts}
         try:
             if self.rt.rank == 0:
-                name = f"{self.rt.run_id}.step{self.step:07d}.pt"
-                save_state(Path(self.cfg.out_dir, "checkpoints", name), state)
+                save_state(Path(self.cfg.out_dir, f"checkpoints/{self.rt.run_id}.step{self.step:09d}.pt"), state)
                 for old in find_checkpoints(self.cfg, self.rt.run_id)[2:]:
                     old.unlink()
         except OSError as error:
@@ -1429,29 +1384,27 @@ class Trainer:
         for path in find_checkpoints(self.cfg) if auto else [Path(self.cfg.resume)]:
             try:
                 state = load_state(path)
+                break
             except UserError as error:
-                if not auto:
-                    raise
+                require(auto, str(error))
                 self.rt.log(f"warning: skipped {error}")
-                continue
-            try:
-                self.restore(**state)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                raise UserError(f"{path}: does not fit this run: {error}"[:600]) from None
-            self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
-            return
-        self.rt.log("resume: found no checkpoint; starting anew")
-
-    def restore(self, identity: dict, tensors: dict[str, Tensor], rng: Tensor, counts: tuple) -> None:
-        """Become what a checkpoint holds. An exception of any kind where it is another training's, or forged."""
-        if differ := [f"{name}={identity.get(name)}" for name, v in self.identity.items() if identity.get(name) != v]:
-            raise ValueError(f"it was made under {' '.join(differ)}; set it back, or leave out RESUME")
-        for name, tensor in self.tensors().items():
-            if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
-                raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
-            tensor.copy_(tensors[name])
-        torch.set_rng_state(rng)
-        self.step, self.elapsed_ms, self.stream.position = int(counts[0]), float(counts[1]), int(counts[2])
+        else:
+            return self.rt.log("resume: found no checkpoint; starting anew")
+        try:
+            (step, elapsed, position), theirs, mine = state["counts"], state["identity"], self.identity
+            differ = sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name))
+            found = ", ".join(f"{name}={theirs.get(name)!s:.64} (now {mine.get(name)!s:.64})" for name in differ)
+            require(not differ, f"it was made under {found}")
+            for name, tensor in self.tensors().items():
+                other = state["tensors"][name]
+                fits = (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
+                require(fits, f"{name} is {other.dtype} {tuple(other.shape)}")
+                tensor.copy_(other)
+            torch.set_rng_state(state["rng"])
+            self.step, self.elapsed_ms, self.stream.position = int(step), float(elapsed), int(position)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit: {error!s:.900}; set it back, or leave out RESUME") from None
+        self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
 
     def tick(self, now: float) -> None:
         """Count the time since the last tick as training time, by rank 0's clock on every rank."""
@@ -1474,7 +1427,7 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
         while not trainer.finished:
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 trainer.tick(rt.seconds())
-                trainer.refuse_faults()
+                trainer.refuse_faults()  # before a long evaluation
                 trainer.report(str(validate()))
                 trainer.mark = rt.seconds()
             loss = trainer.train_step()
@@ -1493,18 +1446,12 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
             bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap) - bar.n)  # the scarcer budget
     trainer.tick(rt.seconds())
     trainer.refuse_faults()
-    if trainer.step < cfg.iterations:
-        where = f"train_time:{trainer.elapsed_ms:.0f}ms step:{trainer.step}/{cfg.iterations}"
-        rt.log(f"stopping_early: wallclock_cap {where}")
-
+    if trainer.step < (most := cfg.iterations):
+        rt.log(f"stopping_early: wallclock_cap train_time:{trainer.elapsed_ms:.0f}ms step:{trainer.step}/{most}")
 
 # ==== Main: the order of events =======================================================================================
-
 def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | None, TokenStream, Documents, dict]:
-    """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes by file). `UserError` for errors.
-
-    The ranks share the reading of the training shards: each has the hashes of some.
-    """
+    """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes by file), or `UserError`."""
     weights = read_weights(cfg.model_path) if cfg.model_path else None
     if weights is not None:
         cfg = shape_from_weights(weights, cfg, cfg.model_path)
@@ -1512,15 +1459,15 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
     train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
     val, hashes = open_shards(cfg.data_path, "fineweb_val_*.bin"), {}
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    for shard in (*val, *train[rt.rank :: rt.world]):
-        if (top := int(shard.max())) >= (most := cfg.vocab_size):
-            raise UserError(f"{shard.filename}: token id {top}, expected ids below {most}; take its own tokenizer")
+    for shard in (*val, *train[rt.rank :: rt.world]):  # the ranks share the reading
+        top, most = int(shard.max()), cfg.vocab_size - 1
+        require(top <= most, f"{shard.filename}: token id {top}, expected ids up to {most}; take its own tokenizer")
         hashes[Path(shard.filename).name] = sha256(Path(shard.filename).read_bytes()).hexdigest()
     table = ByteTable.build(tokenizer)
     docs = split_documents(np.concatenate(val), tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
     hashes["tokenizer"] = sha256(read_file(cfg.tokenizer_path)).hexdigest()
     rt.log(f"sha256 tokenizer:{hashes['tokenizer']}")
-    for name in (Path(shard.filename).name for shard in val):
+    for name in (name for name in hashes if "_val_" in name):
         rt.log(f"sha256 val:{hashes[name]} {name}")
     audit_bytes(docs, table, tokenizer, rt)
     return cfg, weights, TokenStream(train), docs, hashes
@@ -1543,7 +1490,7 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
         stem = Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}")
         kept.append(progress := Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
         score = scores[name] = evaluate(model, docs, how, cfg, rt, progress)
-        spent, (_, tokens, size) = 1000 * progress.seconds(), score.totals
+        spent, (_, tokens, size) = 1000 * (progress.earlier + rt.seconds() - progress.began), score.totals
         rt.suffix = " partial" if cfg.max_val_docs or score.missing else ""
         before, targets = int(docs.starts[0]) if how.isolated else 0, len(docs.tokens) - 1
         left_out = f"before_first_bos:{before} after_last_row:{targets - before - tokens - score.missing}"
@@ -1587,7 +1534,7 @@ def run(cfg: Config, rt: Runtime) -> None:
         artifact = rt.together(lambda: export(model, cfg, rt))
     if not cfg.eval_only:
         trainer.report(str(evaluate(model, docs, flat, cfg, rt)))
-    score_artifact(model, artifact, docs, cfg, rt, hashes)
+    score_artifact(model, artifact, docs, cfg, rt, {name: hashes[name] for name in hashes if "_train_" not in name})
 
 def main() -> int:
     """The program. Returns its exit status: 0, 1 for an error, 75 where a signal has stopped it."""

@@ -124,13 +124,13 @@ def load(rt, tmp_path, val, train=(1, 5, 6), **env):
 
 
 def test_validation_ids_are_checked_to_the_last_token(rt, tmp_path):
-    with pytest.raises(tg.UserError, match="token id 1024, expected ids below 1024"):
+    with pytest.raises(tg.UserError, match="token id 1024, expected ids up to 1023"):
         load(rt, tmp_path, [1, 5] * 500 + [1024])
 
 
 def test_training_ids_are_checked_to_the_last_shard(rt, tmp_path):
     assert load(rt, tmp_path, [1, 5] * 500, train=[1, 1023])[2].read(150, 2).tolist() == [1, 1023]
-    with pytest.raises(tg.UserError, match="token id 1024, expected ids below 1024"):
+    with pytest.raises(tg.UserError, match="token id 1024, expected ids up to 1023"):
         load(rt, tmp_path, [1, 5] * 500, train=[1, 1024])
 
 

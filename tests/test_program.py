@@ -64,7 +64,7 @@ def test_lines_that_tools_read(runs, ranks):
     assert "partial" not in done.stdout
     assert "val_documents:30 predictions:13688 documents_of_one_token:0" in done.stdout.splitlines()
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
-        "checkpoints/test.step0000006.pt", "final_model.int8.ptz", "final_model.pt", "logs/test.txt", "scores.csv"]  # fmt: skip
+        "checkpoints/test.step000000006.pt", "final_model.int8.ptz", "final_model.pt", "logs/test.txt", "scores.csv"]  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -259,7 +259,7 @@ def test_one_rank_that_refuses_stops_the_others_with_its_line(tmp_path):
     done = run_script(tmp_path, 2, DATA_PATH=str(data))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1
-    assert errors[0].startswith("error: rank 1: ") and "token id 60000, expected ids below 1024" in errors[0]
+    assert errors[0].startswith("error: rank 1: ") and "token id 60000, expected ids up to 1023" in errors[0]
 
 
 def test_a_finished_training_is_saved_before_it_is_evaluated(runs):
