@@ -4,6 +4,7 @@ import itertools
 import sys
 from dataclasses import replace
 
+import checkpoint
 import invariance
 import numpy as np
 import pytest
@@ -92,3 +93,9 @@ def test_scaling_and_frontier_run(bench, capsys, tmp_path, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1:3] for line in lines[2:4]] == [["3", "3000"], ["2", "3000"]]
     assert lines[-1].startswith("correlation of predictions and seconds: ")
+
+
+def test_checkpoints_are_measured():
+    size, save, step = checkpoint.measure("cpu", CONFORMANCE, repeats=1)
+    numbers = 1024 * 192 + 4 * 192 * (192 * 2 + 64 * 2 + 2 * 384)  # the matrices of the cpu preset's model
+    assert 8 * numbers < size < 9 * numbers and save > 0 and step > 0  # fp32 weights and momenta; bf16 for the embedding

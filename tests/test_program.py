@@ -64,7 +64,8 @@ def test_lines_that_tools_read(runs, ranks):
     assert "partial" not in done.stdout
     assert "val_documents:30 predictions:13688 documents_of_one_token:0" in done.stdout.splitlines()
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
-        "checkpoints/test.step000000006.pt", "final_model.int8.ptz", "final_model.pt", "logs/test.txt", "scores.csv"]  # fmt: skip
+        "checkpoints/test.step000000006.pt", "final_model.int8.ptz", "final_model.pt", "logs/test.txt",
+        "scores.csv"]  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
