@@ -462,7 +462,7 @@ def test_impossible_shapes_are_refused(case, kind, tmp_path):
 
 @contextlib.contextmanager
 def fifo(path):
-    """A FIFO that nobody may open for reading: whoever does would wait for ever, is let go here, and is counted."""
+    """A FIFO, and the list of who opened it for reading: whoever does would wait for ever, and is let go here."""
     os.mkfifo(path)
     done, readers = threading.Event(), []
 
@@ -477,17 +477,17 @@ def fifo(path):
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield path
+        yield readers
     finally:
         done.set()
         thread.join()
-    assert not readers, f"{path} was opened, and would have been waited for"
 
 
 @pytest.mark.parametrize("kind", ["ptz", "pt", "state", "bin"])
 def test_what_is_no_file_is_refused(kind, tmp_path):
-    with fifo(tmp_path / f"pipe.{kind}") as path:
-        assert_refused(path)
+    with fifo(tmp_path / f"pipe.{kind}") as readers:
+        assert_refused(tmp_path / f"pipe.{kind}")
+    assert not readers
     (tmp_path / f"folder.{kind}").mkdir()
     (tmp_path / f"link.{kind}").symlink_to("nowhere")
     (tmp_path / f"loop.{kind}").symlink_to(f"loop.{kind}")
@@ -882,16 +882,18 @@ def test_every_field_of_a_shard_is_checked(case, tmp_path):
 def test_folders_that_are_none_are_refused(tmp_path):
     (tmp_path / "file").write_bytes(shard())
     (tmp_path / "loop").symlink_to("loop")
-    with fifo(tmp_path / "pipe") as pipe:
-        for folder in (tmp_path / "file", tmp_path / "absent", tmp_path / "loop", pipe, tmp_path, tmp_path / "a\nb"):
+    with fifo(tmp_path / "pipe") as readers:
+        for name in ("file", "absent", "loop", "pipe", "", "a b"):
+            folder = tmp_path / name
             with pytest.raises(tg.UserError) as refused_:
                 tg.open_shards(str(folder), "fineweb_val_*.bin")
             assert str(refused_.value).startswith(f"DATA_PATH={folder}: found no ")
+    assert not readers
 
 
 @pytest.fixture(scope="module")
 def data_runs(tmp_path_factory):
-    """How the program ends with each damaged folder of data; FIFOs complain at the end if they were opened."""
+    """How the program ends with each damaged folder of data, and who opened the FIFOs."""
     folder = tmp_path_factory.mktemp("data")
     pieces = {"train": [1, 5, 6, 7] * 300, "val": [1, 5, 6, 7] * 300}
     cases = {
@@ -908,6 +910,7 @@ def data_runs(tmp_path_factory):
         "tokenizer absent": lambda data: None,
     }  # fmt: skip
 
+    readers = {}
     with contextlib.ExitStack() as stack:
         for name, damage in cases.items():
             (data := folder / name.replace(" ", "-")).mkdir()
@@ -918,9 +921,11 @@ def data_runs(tmp_path_factory):
             if "tokenizer" in name:
                 settings["TOKENIZER_PATH"] = str(data / "own.model")
             if "pipe" in name:
-                stack.enter_context(fifo(data / ("own.model" if "tokenizer" in name else "fineweb_val_000001.bin")))
+                pipe = data / ("own.model" if "tokenizer" in name else "fineweb_val_000001.bin")
+                readers[name] = stack.enter_context(fifo(pipe))
             cases[name] = settings
-        yield run_forked(folder, cases)
+        runs = run_forked(folder, cases)
+    return runs, readers
 
 
 @pytest.mark.parametrize(
@@ -935,8 +940,9 @@ def data_runs(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_damaged_data_stops_the_program(case, words, data_runs):
-    line = complaint(data_runs[case])
-    assert all(word in line for word in words), line
+    runs, readers = data_runs
+    line = complaint(runs[case])
+    assert all(word in line for word in words) and not readers.get(case), line
 
 
 # --- 4. JSONL for data/make_shards.py --------------------------------------------------------------------------------
@@ -990,11 +996,12 @@ def test_what_is_no_file_makes_no_set(option, kind, tmp_path):
     (tmp_path / "docs.jsonl").write_bytes(GOOD_LINES)
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
-    with fifo(tmp_path / "pipe"):
+    with fifo(tmp_path / "pipe") as readers:
         options = [option, str(tmp_path / kind)]  # of two --jsonl the last one counts
         status, out, err, _ = make(tmp_path, tmp_path / "docs.jsonl", "--val-docs", "1", *options)
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith("error: ") and f"{tmp_path / kind}: " in err and "; expected " in err
+    assert not readers
     assert not (tmp_path / "set").exists()
 
 
@@ -1073,28 +1080,30 @@ def test_settings_that_cannot_work_are_named(settings, named):
 
 
 # What the environments of desktops, clusters, containers and build services hold.
-ORDINARY = """_ BROWSER CLASSPATH COLORTERM COLUMNS DBUS_SESSION_BUS_ADDRESS DEBIAN_FRONTEND DISPLAY EDITOR GPG_AGENT_INFO HISTSIZE
+ORDINARY = """
+_ BROWSER CLASSPATH COLORTERM COLUMNS DBUS_SESSION_BUS_ADDRESS DEBIAN_FRONTEND DISPLAY EDITOR GPG_AGENT_INFO HISTSIZE
 HOSTNAME INVOCATION_ID JOURNAL_STREAM LANG LANGUAGE LC_ALL LD_LIBRARY_PATH LESS LINES LOGNAME LS_COLORS MAIL MANPATH
-OLDPWD OSTYPE PAGER PKG_CONFIG_PATH PS1 PWD QT_QPA_PLATFORM SHELL SHLVL SSH_AUTH_SOCK SSH_CLIENT SSH_CONNECTION SSH_TTY
-SUDO_USER TERM TERM_PROGRAM TMPDIR TZ USER VISUAL WAYLAND_DISPLAY XAUTHORITY XDG_CONFIG_HOME XDG_DATA_DIRS
+OLDPWD OSTYPE PAGER PKG_CONFIG_PATH PS1 PWD QT_QPA_PLATFORM SHELL SHLVL SSH_AUTH_SOCK SSH_CLIENT SSH_CONNECTION
+SSH_TTY SUDO_USER TERM TERM_PROGRAM TMPDIR TZ USER VISUAL WAYLAND_DISPLAY XAUTHORITY XDG_CONFIG_HOME XDG_DATA_DIRS
 XDG_RUNTIME_DIR XDG_SESSION_ID CC CFLAGS CPATH CXX LDFLAGS LIBRARY_PATH MAKEFLAGS MAKELEVEL MFLAGS MODULEPATH
 LOADEDMODULES CONDA_DEFAULT_ENV CONDA_EXE CONDA_PREFIX CONDA_PYTHON_EXE CONDA_SHLVL PIP_CACHE_DIR PIP_INDEX_URL
 PYENV_ROOT PYENV_VERSION PYTEST_CURRENT_TEST PYTHONHASHSEED PYTHONPATH PYTHONUNBUFFERED VIRTUAL_ENV UV_CACHE_DIR
 JUPYTER_SERVER_ROOT KERNEL_ID CI CI_COMMIT_SHA CI_JOB_ID CI_JOB_NAME CI_PIPELINE_ID CI_PROJECT_DIR CI_RUNNER_ID
 GITHUB_ACTION GITHUB_ACTIONS GITHUB_ENV GITHUB_JOB GITHUB_PATH GITHUB_REF GITHUB_RUN_ATTEMPT GITHUB_RUN_ID
-GITHUB_RUN_NUMBER GITHUB_SHA GITHUB_WORKSPACE RUNNER_ARCH RUNNER_OS RUNNER_TEMP RUNNER_TOOL_CACHE BUILD_ID BUILD_NUMBER
-JENKINS_HOME JOB_NAME NODE_NAME WORKSPACE BUILDKITE_BUILD_ID CIRCLE_BUILD_NUM TRAVIS_BUILD_ID KUBERNETES_PORT
-KUBERNETES_SERVICE_HOST CONTAINER_ID CUDA_HOME CUDA_VERSION CUDA_VISIBLE_DEVICES NVIDIA_VISIBLE_DEVICES
-NVIDIA_DRIVER_CAPABILITIES NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_VERSION OMP_NUM_THREADS MKL_NUM_THREADS
-OPENBLAS_NUM_THREADS NUMEXPR_MAX_THREADS GLOO_SOCKET_IFNAME MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE 
-GROUP_RANK GROUP_WORLD_SIZE LOCAL_WORLD_SIZE ROLE_NAME ROLE_RANK ROLE_WORLD_SIZE TORCHELASTIC_ERROR_FILE TORCHELASTIC_MAX_RESTARTS
-TORCHELASTIC_RESTART_COUNT TORCHELASTIC_RUN_ID TORCH_HOME TORCH_LOGS TORCHINDUCTOR_CACHE_DIR TORCH_CUDA_ARCH_LIST
-PYTORCH_VERSION TRITON_CACHE_DIR HF_ENDPOINT HF_HOME HF_TOKEN TOKENIZERS_PARALLELISM TRANSFORMERS_CACHE WANDB_API_KEY
-WANDB_DIR WANDB_PROJECT WANDB_RUN_ID MLFLOW_RUN_ID AWS_DEFAULT_REGION AWS_REGION GOOGLE_APPLICATION_CREDENTIALS
-SLURM_ARRAY_TASK_ID SLURM_CPUS_ON_NODE SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_LOCALID SLURM_NNODES
-SLURM_NODEID SLURM_NTASKS SLURM_PROCID SLURM_STEP_ID SLURM_SUBMIT_DIR PBS_JOBID LSB_JOBID RUNPOD_POD_ID
-http_proxy https_proxy no_proxy PROMPT_COMMAND EPOCHREALTIME DATA DATASET MODEL OUTPUT_DIR LOG_DIR BATCH_SIZE
-NUM_WORKERS""".split()  # noqa: SIM905
+GITHUB_RUN_NUMBER GITHUB_SHA GITHUB_WORKSPACE RUNNER_ARCH RUNNER_OS RUNNER_TEMP RUNNER_TOOL_CACHE BUILD_ID
+BUILD_NUMBER JENKINS_HOME JOB_NAME NODE_NAME WORKSPACE BUILDKITE_BUILD_ID CIRCLE_BUILD_NUM TRAVIS_BUILD_ID
+KUBERNETES_PORT KUBERNETES_SERVICE_HOST CONTAINER_ID CUDA_HOME CUDA_VERSION CUDA_VISIBLE_DEVICES
+NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_VERSION OMP_NUM_THREADS
+MKL_NUM_THREADS OPENBLAS_NUM_THREADS NUMEXPR_MAX_THREADS GLOO_SOCKET_IFNAME MASTER_ADDR MASTER_PORT RANK LOCAL_RANK
+WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE LOCAL_WORLD_SIZE ROLE_NAME ROLE_RANK ROLE_WORLD_SIZE TORCHELASTIC_ERROR_FILE
+TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RESTART_COUNT TORCHELASTIC_RUN_ID TORCH_HOME TORCH_LOGS TORCHINDUCTOR_CACHE_DIR
+TORCH_CUDA_ARCH_LIST PYTORCH_VERSION TRITON_CACHE_DIR HF_ENDPOINT HF_HOME HF_TOKEN TOKENIZERS_PARALLELISM
+TRANSFORMERS_CACHE WANDB_API_KEY WANDB_DIR WANDB_PROJECT WANDB_RUN_ID MLFLOW_RUN_ID AWS_DEFAULT_REGION AWS_REGION
+GOOGLE_APPLICATION_CREDENTIALS SLURM_ARRAY_TASK_ID SLURM_CPUS_ON_NODE SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST
+SLURM_LOCALID SLURM_NNODES SLURM_NODEID SLURM_NTASKS SLURM_PROCID SLURM_STEP_ID SLURM_SUBMIT_DIR PBS_JOBID LSB_JOBID
+RUNPOD_POD_ID http_proxy https_proxy no_proxy PROMPT_COMMAND EPOCHREALTIME DATA DATASET MODEL OUTPUT_DIR LOG_DIR
+BATCH_SIZE NUM_WORKERS
+""".split()  # noqa: SIM905
 MISSPELT = {
     "TTT_LORA_RNK": "TTT_LORA_RANK",
     "TTT_LORA_RANKS": "TTT_LORA_RANK",
@@ -1307,14 +1316,14 @@ def damaged_environment(rng):
 
 
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
-          "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "shutil.", "socket.", "ctypes.dlopen",
-          "pty.spawn")  # fmt: skip
+          "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "shutil.", "socket.",
+          "ctypes.dlopen", "pty.spawn")  # fmt: skip
 WATCH = {"on": False, "seen": []}
 
 
 def watch(event, arguments):
     """An audit hook: note what runs, connects, or writes while the watch is on."""
-    if WATCH["on"]:
+    if WATCH["on"] and threading.current_thread() is threading.main_thread():
         flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
         compiler = "torchinductor" in str(arguments[:1])  # where torch keeps its own, made once at any odd moment
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (event.startswith(WRITES) and not compiler):
