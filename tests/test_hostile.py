@@ -549,7 +549,7 @@ def bombs():
     yield "itself", zipped(b"}q\x00(" + text("a") + b"h\x00" + text("model") + b"h\x00u")
     yield "ten-thousand-layers", saved(claimed_layers(10_000))
     rows = torch.ones(1).expand(2**20)
-    yield "repeated", saved({f"w{i}": rows for i in range(1000)} | {EMB: torch.ones(1).expand(10**5, 10**5)})
+    yield "repeated", saved({f"w{i}": rows for i in range(1000)} | {EMB: torch.ones(1).expand(20_000, 20_000)})
 
 
 def claimed_layers(count, vocab_size=4):
