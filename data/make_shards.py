@@ -377,6 +377,12 @@ def file_facts(path: Path) -> dict:
     return facts | ({"tokens": shard_token_count(path)} if SHARD_NAME.fullmatch(path.name) else {})
 
 
+def refuse_endless(path: Path) -> None:
+    """ValueError for a pipe or a device: it might never end, and the documents are read twice, in any order."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # what is absent or a folder fails when it is opened
+        raise ValueError(f"{path}: found a pipe or a device; expected a file; write it to one first")
+
+
 def earlier_shards(out: Path) -> set[str]:
     """Names of the shards that this run will replace.
 
@@ -408,6 +414,8 @@ def make_shards(jsonl: Path, out: Path, val_docs: int, seed: int, vocab_size: in
 
     Everything that a user can get wrong is checked before the first byte is written.
     """
+    for path in filter(None, (jsonl, model)):
+        refuse_endless(path)
     earlier = earlier_shards(out)
     proto = model.read_bytes() if model else None
     if model:  # refuse a wrong tokenizer now, not after an hour of indexing
