@@ -27,6 +27,7 @@ import io
 import itertools
 import math
 import os
+import pickletools
 import re
 import shlex
 import signal
@@ -66,6 +67,9 @@ PRESETS: dict[str, dict[str, Any]] = {"baseline": {}, "cpu": dict(
 
 class UserError(ValueError):
     """Something a user can put right: shown as one line, without a traceback, with exit status 1."""
+
+    def __str__(self) -> str:  # what a stranger's file says must not reach a terminal as it is
+        return "".join(c if c.isprintable() else "?" for c in super().__str__())[:1500]
 
 class AgreedError(UserError):
     """A `UserError` that every rank raises alike, so that rank 0 alone shows it."""
@@ -110,7 +114,7 @@ class Config:
     iterations: int = _opt(20000, "steps at most", 0)
     max_wallclock_seconds: float = _opt(600.0, "seconds of training; 0: no cap", 0)
     warmdown_iters: int = _opt(1200, "steps over which the rates fall to 0", 0)
-    train_batch_tokens: int = _opt(524288, "tokens per step, all ranks and micro-steps", 1)
+    train_batch_tokens: int = _opt(524288, "tokens per step, all ranks and micro-steps", 1, 1e9)
     train_seq_len: int = _opt(1024, "tokens per row in training and flat evaluation", 1, 65536)
     grad_accum_steps: int = _opt(0, "micro-steps per step; 0: 8 (cpu: 2) / world size where whole, else 1", 0)
     # Model
@@ -157,12 +161,14 @@ def _parse(name: str, text: str, spec: Any) -> Any:
     least, most, choices = (spec.metadata[key] for key in ("least", "most", "choices"))
     kind, span, words = type(spec.default), f"from {least:g} to {most:g}", ", ".join(choices)
     with contextlib.suppress(ValueError, KeyError):
+        require(text.isprintable(), "bytes that are no text")
         values = text.split(",") if kind is tuple else [{"0": False, "1": True}[text] if kind is bool else kind(text)]
         known = len(set(values) & set(choices)) == len(values)  # and none twice
         if known if choices else kind is str or least <= values[0] <= most:
             return tuple(values) if kind is tuple else values[0]
     expected = {bool: "0 or 1", int: f"a whole number {span}", float: f"a number {span}", str: f"one of {words}"}
-    raise AgreedError(f"{name}={text!r:.60}: expected {expected.get(kind, f'some of {words}')}; set it so or unset it")
+    expected = "text" if kind is str and not choices else expected.get(kind, f"some of {words}")
+    raise AgreedError(f"{name}={text!r:.60}: expected {expected}; set it so or unset it")
 
 def spell(value: Any) -> str:
     """The text that stands for a setting's value in the environment: what `_parse` reads back."""
@@ -195,9 +201,10 @@ def check_config(cfg: Config, world: int) -> None:
     name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
     ask = functools.partial(require, kind=AgreedError)
     ask(re.fullmatch(f"({name})?", cfg.run_id),
-        f"RUN_ID={cfg.run_id!r}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it")
-    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not Path(cfg.out_dir, cfg.scores_path or "?").is_dir(),
-        f"SCORES_PATH={cfg.scores_path!r}: expected the name of a file in OUT_DIR, ending in .csv; rename it")
+        f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it")
+    taken = cfg.scores_path and os.path.isdir(os.path.join(cfg.out_dir, cfg.scores_path))
+    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not taken,
+        f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in .csv; rename it")
     ask(cfg.model_path or not cfg.eval_only,
         "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH")
     ask(cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
@@ -231,8 +238,11 @@ class Runtime:
     @classmethod
     def create(cls, cfg: Config, env: Mapping[str, str]) -> Runtime:
         """Claim the device and join the other ranks that torchrun started. `AgreedError` where GPUs are lacking."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, world, local, here = (_parse(name, env.get(name, "0"), _opt(0, "", 0)) for name in names)
+        given = [env.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+        found = "RANK={}, WORLD_SIZE={}, LOCAL_RANK={}, LOCAL_WORLD_SIZE={}".format(*given)
+        require(all(map(str.isdecimal, given)), f"{found}: expected whole numbers, as torchrun sets them")
+        rank, world, local, here = map(int, given)
+        require(rank < max(world, 1), f"{found}: expected a rank below the world size, as torchrun sets them")
         rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1)
         if cfg.device == "cuda":
             if (needed := here or 1) > (found := torch.cuda.device_count()):
@@ -251,7 +261,10 @@ class Runtime:
         if world:
             # gloo carries what lives on the CPU (clock, error lines), so that agreeing on them never waits for a GPU.
             backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout_seconds))
+            try:
+                dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout_seconds))
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"{found}: cannot meet the other ranks ({error!r:.200}); start with torchrun") from None
         names = [path.name.rsplit(".", 2)[0] for path in find_checkpoints(cfg) if cfg.resume == "auto"]
         rt.run_id = rt.gather(cfg.run_id or [*names, str(uuid.uuid4())][0])[0]
         rt.log_path, rt.suffix = Path(cfg.out_dir, "logs", f"{rt.run_id}.txt"), " partial" * (cfg.max_val_docs > 0)
@@ -292,8 +305,9 @@ class Runtime:
         self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
         self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
         self.log(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
-        for name in sorted(env.keys() - settings.keys()):
-            for meant in difflib.get_close_matches(name, settings, 1, 0.85):
+        ours = [name for name in settings if "_" in name]  # single words are other programs' as well
+        for name in sorted(filter(str.isprintable, env.keys() - settings.keys())):
+            for meant in difflib.get_close_matches(name, ours, 1, 0.85):
                 self.log(f"warning: {name} is no setting of this script; {meant} is")
 
     def hear(self, number: int, _: Any = None) -> None:
@@ -395,6 +409,10 @@ def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
     native = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if found.get(flag)]
     return (torch.bfloat16, f"{cfg.device} has {native[0]}") if native else (torch.float32, f"{cfg.device} has no bf16")
 
+# What the pickle of a file with tensors may name.
+PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+           *(f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Char", "Byte", "Long"))}  # fmt: skip
+
 @functools.cache
 def source_code() -> str:
     """This file's own text, which heads every log and counts towards the budget: read once, lest it be edited."""
@@ -421,12 +439,28 @@ def read_file(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 def unpack(blob: bytes) -> Any:
-    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make."""
+    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make.
+
+    Time and memory are bounded by the size of the file: torch reads a copy of the entries that were looked at, whose
+    pickle names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything).
+    """
     entries = (archive := zipfile.ZipFile(io.BytesIO(blob))).infolist()
-    slow, every = (sum(e.file_size for e in entries if e.filename.endswith(end)) for end in (".pkl", ""))
-    require(slow <= 2**21 and every <= len(blob), "it unpacks to more than it may")
-    require(not archive.testzip(), "damaged: a checksum is wrong")
-    return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+    plain = blob[:4] == b"PK\3\4" and not any(entry.compress_type for entry in entries)
+    require(plain and len(pickles) == 1 and pickles[0].file_size <= 2**20, "not laid out as torch.save does")
+    names, before = set(), ""
+    for op, value, _ in pickletools.genops(archive.read(pickles[0])):
+        known = value in PICKLED if op.name == "GLOBAL" else value == 2 if op.name == "PROTO" else True
+        require(known, f"it names {value!r:.80}, which no tensors need")
+        if op.name.endswith("BINPUT"):
+            names.add(value) if before in ("BINUNICODE", "GLOBAL") else names.discard(value)
+        require(not op.name.endswith("BINGET") or value in names, "it holds something twice")
+        before = op.name
+    with zipfile.ZipFile(copied := io.BytesIO(), "w") as clean:
+        for entry in entries:
+            clean.writestr(entry.filename, archive.read(entry))  # which also checks the checksums
+    copied.seek(0)
+    return torch.load(copied, map_location="cpu", weights_only=True)
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain values, atomically."""
@@ -450,7 +484,8 @@ def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
     """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
     found = "no usable file"
     with contextlib.suppress(UserError, OSError, RuntimeError):
-        tokenizer = SentencePieceProcessor(model_proto=read_file(path))
+        require(proto := read_file(path), "an empty file")
+        tokenizer = SentencePieceProcessor(model_proto=proto)
         if tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0:
             return tokenizer
         found = f"{tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
@@ -756,11 +791,13 @@ def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     twice = scales.keys() ^ quantized.keys() | quantized.keys() & content["passthrough"].keys()
     require(not twice, f"there twice, or half: {', '.join(map(str, twice)):.80}")
     for name, q in quantized.items():
-        fits = q.dtype == torch.int8 and scales[name].shape in (q.shape[:1], ())
-        require(fits, f"{name} is {q.dtype} {tuple(q.shape)} with scales {tuple(scales[name].shape)}")
-        scale = scales[name].float().view(-1, *[1] * (q.ndim - 1))
+        scale = scales[name]
+        fits = q.dtype == torch.int8 and scale.dtype in FLOATS.values() and scale.shape in (q.shape[:1], ())
+        require(fits, f"{name} is {q.dtype} {tuple(q.shape)} with scales {scale.dtype} {tuple(scale.shape)}")
+        scale = scale.float().view(-1, *[1] * (q.ndim - 1))
         state[name] = (q.float() * scale).to(FLOATS[content["dtypes"][name]])
     for name, tensor in content["passthrough"].items():
+        require(tensor.dtype in FLOATS.values(), f"{name} is {tensor.dtype}")
         original = content["passthrough_orig_dtypes"].get(name)
         state[name] = tensor.to(FLOATS[original]) if original else tensor
     return state
@@ -817,23 +854,24 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
     """`cfg` with the model shape of the weights in file `path`. `UserError` if they are not this GPT's."""
     try:
         (vocab_size, dim), heads = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
-        found = replace(cfg, vocab_size=vocab_size, model_dim=dim, mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
-                        num_heads=heads, num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
-                        num_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-                        tie_embeddings="lm_head.weight" not in state)  # fmt: skip
-        needed, held = count_parameters(found), sum(tensor.numel() for tensor in state.values())
+        cfg = replace(cfg, vocab_size=vocab_size, model_dim=dim, mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
+                      num_heads=heads, num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
+                      num_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+                      tie_embeddings="lm_head.weight" not in state)  # fmt: skip
+        needed, held = count_parameters(cfg), sum(tensor.numel() for tensor in state.values())
         # Before the model is built: a few hundred bytes can claim to be of any shape.
-        require(needed <= 2 * held, f"{held} numbers where a model of its shape has {needed}")
+        found = f"{cfg.num_layers} layers, {held} numbers where a model of its shape has {needed}"
+        require(needed <= 2 * held and cfg.num_layers <= 1000, found)
     except (KeyError, ValueError, ZeroDivisionError, TypeError) as error:
         raise UserError(f"{path}: not the weights of this model ({error!r:.160}); expected its tensor names") from None
-    return found
+    return cfg
 
 def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy the weights of file `path` into the model. `UserError` naming the first tensor that does not fit."""
     shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (model.state_dict(), state)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         expected, found = (shape.get(name, "no such tensor") for shape in shapes)
-        require(expected == found, f"{path}: {name}: found {found}, expected {expected}, as other tensors say")
+        require(expected == found, f"{path}: {name:.80}: found {found}, expected {expected}, as other tensors say")
     model.load_state_dict(state)
 
 # ==== Adapters: a low-rank correction per document, and its optimizer =================================================
@@ -1401,6 +1439,7 @@ class Trainer:
                 require(fits, f"{name} is {other.dtype} {tuple(other.shape)}")
                 tensor.copy_(other)
             torch.set_rng_state(state["rng"])
+            require(0 <= step <= 1e18 and 0 <= elapsed <= 1e18 and 0 <= position <= 1e18, "its counts are impossible")
             self.step, self.elapsed_ms, self.stream.position = int(step), float(elapsed), int(position)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path} does not fit: {error!s:.900}; set it back, or leave out RESUME") from None
@@ -1547,7 +1586,7 @@ def main() -> int:
         run(cfg, rt)
     except Exception as error:
         known, agreed, status = isinstance(error, (UserError, OSError)), isinstance(error, AgreedError), 1
-        line = " ".join(str(error).split()) if known else f"{error!r:.160}"
+        line = str(UserError(error)) if known else f"{error!r:.160}"
         line = f"error: {line}" if agreed or not rt or rt.world == 1 else f"error: rank {rt.rank}: {line}"
         if rt and rt.signal:  # so was a rank that lost another one, which had left before it
             line, status = line.replace("error", f"stopped by {signal.Signals(rt.signal).name}", 1), 75
