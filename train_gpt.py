@@ -201,7 +201,7 @@ def check_config(cfg: Config, world: int) -> None:
     name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
     ask = functools.partial(require, kind=AgreedError)
     ask(re.fullmatch(f"({name})?", cfg.run_id),
-        f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names the log file; rename it")
+        f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names files; rename it")
     taken = cfg.scores_path and os.path.isdir(os.path.join(cfg.out_dir, cfg.scores_path))
     ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not taken,
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in .csv; rename it")

@@ -407,7 +407,7 @@ def test_a_stream_shorter_than_a_row_is_one_row(rt):
 
 
 def test_the_ladder_is_the_record_s():
-    stream = {"ttt_stream_targets": ("fc",), "ttt_stream_lr": 0.5, "ttt_stream_rank": 5, "ttt_stream_betas": (0.1, 0.2)}
+    stream = {"ttt_stream_targets": ("fc",), "ttt_stream_lr": 0.5, "ttt_stream_rank": 5}
     docs, cfg = tiny_documents([5000]), tg.Config(grad_accum_steps=8, ttt_batch_size=13, **stream)
     rungs = tg.ladder(docs, cfg, tg.Runtime(docs.tokens.device, torch.float32))
     shapes = {name: (how.chunk, how.window, how.stream, how.isolated) for name, how in rungs.items()}
@@ -420,8 +420,8 @@ def test_the_ladder_is_the_record_s():
                for name, how in rungs.items() if how.targets}  # fmt: skip
     assert lessons == {
         "ttt": (("c_q", "c_v", "lm_head"), 8, 0.01, (0.9, 0.95), 1.0, 0.0),
-        "stream_fast": (("fc",), 5, 0.5 * math.sqrt(2), (0.1, 0.2), 4.0, 0.2),
-        "stream": (("fc",), 5, 0.5, (0.1, 0.2), 4.0, 0.2),
+        "stream_fast": (("fc",), 5, 0.5 * math.sqrt(2), (0.0, 0.99), 4.0, 0.2),
+        "stream": (("fc",), 5, 0.5, (0.0, 0.99), 4.0, 0.2),
     }  # fmt: skip
     assert {name: how.batch for name, how in rungs.items() if name != "flat"} == dict.fromkeys(list(rungs)[1:], 13)
 
