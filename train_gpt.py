@@ -232,8 +232,9 @@ class Runtime:
     log_path: Path | None = None
     noise: float = 0.0  # nats by which a score may differ if computed twice: on CPUs kernels repeat to the bit
     suffix: str = ""  # " partial" when only some documents are evaluated, so that no line can be mistaken
-    signal: int = 0  # the one that asked this run to stop, on some rank; 0: none did
-    heard: float = math.inf  # when this rank heard it
+    heard: int = 0  # the signal that asked this rank to stop; 0: none did
+    heard_at: float = math.inf  # seconds of the monotonic clock
+    signal: int = 0  # what some rank has heard, and all have agreed on
 
     @classmethod
     def create(cls, cfg: Config, env: Mapping[str, str]) -> Runtime:
@@ -262,7 +263,10 @@ class Runtime:
             # gloo carries what lives on the CPU (clock, error lines), so that agreeing on them never waits for a GPU.
             backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout_seconds))
+                # A store of its own for each attempt of torchrun, else it meets the addresses of the dead.
+                wait, attempt = timedelta(seconds=cfg.rank_timeout_seconds), env.get("TORCHELASTIC_RESTART_COUNT", "0")
+                rt.store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=wait))[0])
+                dist.init_process_group(backend, store=rt.store, rank=rank, world_size=world, timeout=wait)
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{found}: cannot meet the other ranks ({error!r:.200}); start with torchrun") from None
         names = [path.name.rsplit(".", 2)[0] for path in find_checkpoints(cfg) if cfg.resume == "auto"]
@@ -312,10 +316,19 @@ class Runtime:
 
     def hear(self, number: int, _: Any = None) -> None:
         """A signal handler: the first one asks the run to stop at the next good moment, a second one ends it."""
-        if time.monotonic() - self.heard > 0.5:  # torchrun repeats at once what a terminal sends to all
+        if time.monotonic() - self.heard_at > 0.5:  # torchrun repeats at once what a terminal sends to all
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal, self.heard = number, min(self.heard, time.monotonic())
+        self.heard, self.heard_at = number, min(self.heard_at, time.monotonic())
+
+    def lost_ranks(self) -> str:
+        """After a signal, on rank 0: the ranks that do not say within 5 seconds that they have heard it, in words."""
+        self.store.set(f"stopped {self.rank}", "")
+        missing, end = [rank for rank in range(self.world) if self.rank == 0], time.monotonic() + 5
+        while missing and time.monotonic() < end:
+            missing = [rank for rank in missing if not self.store.check([f"stopped {rank}"])]
+            time.sleep(0.1)
+        return f"rank {', '.join(map(str, missing))} has gone without a word: " if missing else ""
 
     def log(self, text: str, console: bool = True) -> None:
         """Write to the log file and, unless told otherwise, to standard output, where only rank 0 speaks."""
@@ -324,8 +337,11 @@ class Runtime:
                 text += self.suffix
                 with tqdm.external_write_mode():  # lifts a running progress bar out of the way
                     print(text, flush=True)
-            with self.log_path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            try:
+                with self.log_path.open("a", encoding="utf-8") as file:
+                    file.write(text + "\n")
+            except OSError as error:
+                raise OSError(error.errno, f"{self.log_path}: {error.strerror}") from None
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, on all of them."""
@@ -367,10 +383,10 @@ class Runtime:
 
     def from_rank0(self, value: float) -> float:
         """Rank 0's `value`, not negative, on every rank: replicas that read their own clocks would drift apart."""
-        box = torch.tensor([0.0 if self.rank else value, self.signal], dtype=torch.float64, device="cpu")
+        box = torch.tensor([0.0 if self.rank else value, self.heard], dtype=torch.float64, device="cpu")
         if self.world > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX)
-        self.signal = int(box[1])  # what one rank has heard, all know from now on: they stop after the same step
+        self.signal = int(box[1])  # so that all ranks stop after the same step
         return box[0].item()
 
     def seconds(self, wait: bool = True) -> float:
@@ -1091,7 +1107,7 @@ class Memory:
         return torch.bmm(weights, values).view(q.shape)
 
 def gather_chunk(
-    tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, how: Condition, rt: Runtime
+    tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, length: int, how: Condition, rt: Runtime
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """(ids (B, T), targets (B, S), where in the window they are predicted, where in the stream, whether they exist).
 
@@ -1100,10 +1116,9 @@ def gather_chunk(
     """
     ends = places + np.minimum(left, how.chunk)
     begins = places if how.stream else np.maximum(ends - how.window, 0)
-    # Sizes are settled on the host, so that the device never has to be asked.
-    longest, widest = (how.chunk if how.stream else int((ends - edge).max()) for edge in (begins, places))
+    widest = how.chunk if how.stream else int((ends - places).max())  # known here: the device is never asked
     start, begin, end, place = rt.upload(np.stack((starts, begins, ends, places)))[:, :, None]
-    ids = tokens[start + torch.minimum(begin + torch.arange(longest, device=rt.device), end - 1)].long()
+    ids = tokens[start + torch.minimum(begin + torch.arange(length, device=rt.device), end - 1)].long()
     place = place + torch.arange(widest, device=rt.device)
     live, place = place < end, torch.minimum(place, end - 1)
     at = None if (begins == places).all() else place - begin  # None: everywhere
@@ -1145,19 +1160,22 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
         yield taken, done[taken]
         done[taken] += 1
 
-def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool]]:
-    """Rows whose windows run together, and whether they are learned from: a document's last chunk teaches nobody.
+# Lengths that windows are filled up to: any length is at most 5 % below one of them.
+LENGTHS = np.unique(np.floor(1.05 ** np.arange(250)).astype(np.int64))
 
-    Windows that teach are of equal length, the others within 5 %, whatever the documents. A stream is one group, in
-    which a last chunk may be learned from, too; what it taught is forgotten unheard.
+def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool, int]]:
+    """Rows whose windows run together, whether they are learned from, and the length that they are filled up to.
+
+    A document's last chunk teaches nobody. A length never depends on the other documents, since rounding does on it. A
+    stream is one group, in which a last chunk may be learned from, too; what it taught is forgotten unheard.
     """
     inputs = np.minimum(places + np.minimum(left, how.chunk), how.window)
     more = (left > how.chunk) & bool(how.targets)
-    shapes = np.where(more, inputs, -1 - np.log(inputs) // math.log(1.05))
+    lengths = np.where(more, inputs, np.minimum(LENGTHS[np.searchsorted(LENGTHS, inputs)], how.window))
     if how.stream:
-        shapes = np.full_like(shapes, more.any())
-    for shape in np.unique(shapes):
-        yield np.flatnonzero(shapes == shape), bool(shape > 0)
+        more, lengths = np.full_like(more, more.any()), np.full_like(lengths, how.chunk)
+    for group in np.unique(2 * lengths + more):
+        yield np.flatnonzero(2 * lengths + more == group), bool(group % 2), int(group // 2)
 
 class Progress:
     """Documents that an evaluation has finished, on disk for the next attempt; and its seconds, which may be limited.
@@ -1191,13 +1209,16 @@ class Progress:
         """After each turn: keep what is `finished` now and then. Whether to go on; `UserError` where a signal came."""
         self.done[finished], self.turns, now = True, self.turns + 1, self.rt.seconds(wait=self.limit > 0)
         over = 0 < self.limit < self.earlier + (now - self.began) * (1 + 1 / self.turns)  # with one turn more
-        if now > self.due or over or self.rt.signal:
+        if now > self.due or over or self.rt.heard:
             at = torch.from_numpy(np.flatnonzero(self.done[self.owner]) + self.offset)
             seconds = 0.0 if self.rt.rank else now - self.began
-            save_state(self.path, {"at": at, "entries": ledger[:, at.to(ledger.device)].cpu(), "seconds": seconds})
+            try:
+                save_state(self.path, {"at": at, "entries": ledger[:, at.to(ledger.device)].cpu(), "seconds": seconds})
+            except OSError as error:
+                self.rt.log(f"warning: what is finished is not kept, the evaluation goes on: {error}")
             cost = self.rt.seconds() - now
             self.due = now + max(5.0, 50 * cost)  # so that it takes a fiftieth of the time at most
-        if self.rt.signal:
+        if self.rt.heard:
             raise UserError(f"what is finished is kept in {self.stem.parent}")
         return not over
 
@@ -1225,8 +1246,8 @@ def fill_ledger(
                     owned.reset(rt.upload(fresh))
             places = numbers * how.chunk
             left = predictions[documents] - places
-            for rows, learn in group_windows(left, places, how):
-                chunk = gather_chunk(docs.tokens, starts[documents[rows]], left[rows], places[rows], how, rt)
+            for rows, learn, length in group_windows(left, places, how):
+                chunk = gather_chunk(docs.tokens, starts[documents[rows]], left[rows], places[rows], length, how, rt)
                 seated = rt.upload(rows) if len(rows) < len(documents) else slice(len(rows))
                 losses = score_then_learn(model, chunk, seated, adapters, memory, learn)
                 ids, _, _, positions, live = chunk
@@ -1414,6 +1435,8 @@ class Trainer:
                 for old in find_checkpoints(self.cfg, self.rt.run_id)[2:]:
                     old.unlink()
         except OSError as error:
+            if self.rt.signal:
+                raise
             self.rt.log(f"warning: no checkpoint after step {self.step}, the training goes on: {error}")
 
     def resume(self) -> None:
@@ -1588,14 +1611,16 @@ def main() -> int:
         known, agreed, status = isinstance(error, (UserError, OSError)), isinstance(error, AgreedError), 1
         line = str(UserError(error)) if known else f"{error!r:.160}"
         line = f"error: {line}" if agreed or not rt or rt.world == 1 else f"error: rank {rt.rank}: {line}"
-        if rt and rt.signal:  # so was a rank that lost another one, which had left before it
-            line, status = line.replace("error", f"stopped by {signal.Signals(rt.signal).name}", 1), 75
-            line += "; go on with RESUME=auto and the same settings"
+        if rt and rt.heard:  # torchrun sends SIGTERM, too, where another rank is gone
+            gone = rt.lost_ranks() if rt.world > 1 else ""
+            told = f"error: {gone}" if gone else f"stopped by {signal.Signals(rt.heard).name}: "
+            line = line.replace("error: ", told, 1)
+            line, status = f"{line}; go on with RESUME=auto and the same settings", 1 if gone else 75
         if os.environ.get("RANK", "0") == "0" or not agreed:
             print(line, file=sys.stderr, flush=True)
             with contextlib.suppress(AttributeError, OSError):  # no log yet; a full disk takes no last line
                 rt.log(line, console=False)
-        if not known and status == 1:
+        if not known and not (rt and rt.heard):
             traceback.print_exc()
     if agreed and dist.is_initialized():  # else another rank may be waiting for this one, and leaving would wait for it
         dist.destroy_process_group()

@@ -215,9 +215,9 @@ def learn_for_good(*arguments):
     return losses
 
 
-def look_ahead_in_slid_windows(tokens, starts, left, places, how, rt):
+def look_ahead_in_slid_windows(tokens, starts, left, places, length, how, rt):
     """Windows that no longer begin with their document show each prediction what follows its target."""
-    ids, targets, at, positions, live = tg_gather_chunk(tokens, starts, left, places, how, rt)
+    ids, targets, at, positions, live = tg_gather_chunk(tokens, starts, left, places, length, how, rt)
     slid = torch.from_numpy(places + np.minimum(left, how.chunk) > how.window)[:, None]
     at = torch.arange(targets.shape[1]).expand_as(targets) if at is None else at
     return ids, targets, (at + 2 * slid).clamp(max=ids.shape[1] - 1), positions, live

@@ -353,7 +353,7 @@ def test_positions_far_out_lose_no_precision(rt, now, began):
     losses = []
     for c in range(18):
         place = np.array([c * C])
-        batch = tg.gather_chunk(docs.tokens, docs.starts, docs.predictions - place, place, how, rt)
+        batch = tg.gather_chunk(docs.tokens, docs.starts, docs.predictions - place, place, C, how, rt)
         losses.append(tg.score_then_learn(model, batch, slice(1), None, memory, False)[0])
         frequencies = 10000.0 ** -(torch.arange(4).double() / 4)
         exact = torch.outer(torch.arange(now - began + c * C, now - began + (c + 1) * C).double(), frequencies)
