@@ -4,10 +4,13 @@ What is expected everywhere: success, or one clear line. No code runs, nothing h
 refused run writes nothing but its log.
 """
 
+import _codecs
 import contextlib
+import functools
 import io
 import json
 import os
+import pickle
 import random
 import signal
 import struct
@@ -17,16 +20,16 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import make_shards
 import numpy as np
 import pytest
 import torch
-from conftest import CONFORMANCE, CPU, ROOT, TINY_RUN, run_script, tiny_config, tiny_model, write_shard
+from conftest import CONFORMANCE, CPU, TINY_RUN, run_script, tiny_config, tiny_model, write_shard
 
 import train_gpt as tg
 
@@ -119,91 +122,7 @@ def not_refused(paths):
     return wrong
 
 
-# --- Pickles and zip files written by hand ---------------------------------------------------------------------------
-
-
-def text(value):
-    """Pickle instructions that push a string, half surrogates included."""
-    data = value.encode("utf-8", "surrogatepass")
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def number(value):
-    """Pickle instructions that push an integer of any size."""
-    data = value.to_bytes(9, "little", signed=True)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def several(*parts):
-    """Pickle instructions that push a tuple."""
-    return b"(" + b"".join(parts) + b"t"
-
-
-def call(function, *arguments):
-    """Pickle instructions that call a function, named "module name", with arguments that are instructions."""
-    return b"c" + function.replace(" ", "\n").encode() + b"\n" + several(*arguments) + b"R"
-
-
-def mapping(**entries):
-    """Pickle instructions that push a dict of instructions."""
-    return b"}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u"
-
-
-def tensor(size, stride, numel, kind="FloatStorage", offset=0):
-    """Pickle instructions that push a tensor over storage 0, whatever is claimed about it."""
-    kind = b"ctorch\n" + kind.encode() + b"\n"
-    storage = several(text("storage"), kind, text("0"), text("cpu"), number(numel)) + b"Q"
-    sizes = (several(*map(number, numbers)) for numbers in (size, stride))
-    hooks = call("collections OrderedDict")
-    return call("torch._utils _rebuild_tensor_v2", storage, number(offset), *sizes, b"\x89", hooks)
-
-
-def nest(depth, value=b"}", join=lambda a: b"h" + a + b"h" + a + b"\x86"):
-    """Instructions for a list of `depth` objects, each made of the one before it twice; the last is at its memo."""
-    layers = [value + b"q\x00"] + [join(bytes([i])) + b"q" + bytes([i + 1]) for i in range(depth)]
-    return b"](" + b"".join(layers) + b"e"
-
-
-def last_of(depth):
-    """Instructions that push the last object of `nest`."""
-    return b"h" + bytes([depth])
-
-
-def zipped(pickle, storages=None, compression=zipfile.ZIP_STORED, protocol=2):
-    """A file as torch.save lays it out, around a pickle and storages of our own."""
-    entries = {"data.pkl": b"\x80" + bytes([protocol]) + pickle + b".", "version": b"3\n", "byteorder": b"little"}
-    with zipfile.ZipFile(buffer := io.BytesIO(), "w", compression) as archive:
-        for name, data in (entries | {f"data/{key}": data for key, data in (storages or {}).items()}).items():
-            archive.writestr(f"archive/{name}", data)
-    return buffer.getvalue()
-
-
-def rezipped(blob, change):
-    """A torch.save file whose entries went through `change`, a function of a dict from names to bytes."""
-    with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
-    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
-        for name, data in change(entries).items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
-
-
-def with_pickle(blob, change):
-    """A torch.save file whose data.pkl went through `change`, a function of bytes."""
-    return rezipped(blob, lambda e: {n: change(d) if n.endswith("data.pkl") else d for n, d in e.items()})
-
-
-def two_directories(blob, name, claimed):
-    """A zip file with two directories: the one that zipfile reads, right before the end, claims a size of `name`."""
-    end = blob[-22:]
-    size, offset = struct.unpack("<II", end[12:20])
-    real, fake, at = blob[offset : offset + size], bytearray(blob[offset : offset + size]), 0
-    while at < size:
-        lengths = struct.unpack("<HHH", fake[at + 28 : at + 34])
-        if fake[at + 46 : at + 46 + lengths[0]] == name:
-            fake[at + 24 : at + 28] = struct.pack("<I", claimed)
-        at += 46 + sum(lengths)
-    return blob[:offset] + real + fake + end
+# --- Pickles and zip files that torch.save would not write -----------------------------------------------------------
 
 
 class Call:
@@ -214,6 +133,46 @@ class Call:
 
     def __reduce__(self):
         return self.what
+
+
+class Pickler(pickle.Pickler):
+    """Writes a tuple that begins with "storage" as torch.save refers to a storage."""
+
+    def persistent_id(self, value):
+        return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
+
+
+def tensor(size, stride, numel, kind=torch.FloatStorage):
+    """A tensor over storage 0, whatever is claimed about it."""
+    storage = ("storage", kind, "0", "cpu", numel)
+    return Call(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, OrderedDict())
+
+
+def doubled(times, value=None, join=lambda a: [a, a]):
+    """A few bytes that stand for 2 ** times values."""
+    return functools.reduce(lambda inner, _: join(inner), range(times), {} if value is None else value)
+
+
+def zipped(content, storages=None, protocol=2):
+    """A file as torch.save lays it out, around an object, or the bytes of a pickle, and storages of our own."""
+    if not isinstance(content, bytes):
+        Pickler(pickled := io.BytesIO(), protocol).dump(content)
+        content = pickled.getvalue()
+    entries = {"data.pkl": content, "version": b"3\n", "byteorder": b"little", "data/0": storages}
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name in filter(entries.get, entries):
+            archive.writestr(f"archive/{name}", entries[name])
+    return buffer.getvalue()
+
+
+def rezipped(blob, change, compression=zipfile.ZIP_STORED):
+    """A torch.save file whose entries went through `change`, a function of a dict from names to bytes."""
+    with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", compression, compresslevel=1) as archive:
+        for name, data in change(entries).items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
 
 
 # --- 1. Artifacts, state dicts and checkpoints -----------------------------------------------------------------------
@@ -259,34 +218,21 @@ def strange_names(where=None):
 
 
 STRANGE_TENSORS = {
-    "sparse": lambda t: t.float().to_sparse(),
-    "sparse csr": lambda t: t.float().reshape(-1, 1).to_sparse_csr(),
-    "meta": lambda t: t.to("meta"),
-    "qint8": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "sparse": lambda t: t.float().to_sparse(), "sparse csr": lambda t: t.float().reshape(-1, 1).to_sparse_csr(),
+    "meta": lambda t: t.to("meta"), "qint8": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     "nested": lambda t: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "complex": lambda t: t.to(torch.complex64),
-    "int64": lambda t: t.long(),
-    "float64": lambda t: t.double(),
-    "bool": lambda t: t.bool(),
-    "float8": lambda t: t.float().to(torch.float8_e4m3fn),
-    "text": lambda t: "text",
-    "none": lambda t: None,
-    "list": lambda t: t.tolist(),
-    "NaN": lambda t: torch.full_like(t.float(), NAN),
-    "inf": lambda t: torch.full_like(t.float(), INF),
-    "cut": lambda t: t[1:],
-    "flat": lambda t: t.flatten()[None, None],
-    "no elements": lambda t: t[:0],
-    "number": lambda t: torch.tensor(1.0),
-    "repeated": lambda t: torch.ones(1).expand(10**9),
-    "repeated rows": lambda t: torch.ones(1).expand(10**5, 10**5),
-}
+    "complex": lambda t: t.to(torch.complex64), "int64": lambda t: t.long(), "float64": lambda t: t.double(),
+    "bool": lambda t: t.bool(), "float8": lambda t: t.float().to(torch.float8_e4m3fn), "text": lambda t: "text",
+    "none": lambda t: None, "list": lambda t: t.tolist(), "NaN": lambda t: torch.full_like(t.float(), NAN),
+    "inf": lambda t: torch.full_like(t.float(), INF), "cut": lambda t: t[1:], "flat": lambda t: t.flatten()[None, None],
+    "no elements": lambda t: t[:0], "number": lambda t: torch.tensor(1.0),
+    "repeated": lambda t: torch.ones(1).expand(10**9), "repeated rows": lambda t: torch.ones(1).expand(10**5, 10**5),
+}  # fmt: skip
 CHANGES = {"ptz": {
     "unknown format": to("__quant_format__", "int4_clean_per_row_v1"),
     "format of another type": to("__quant_format__", ["int8_clean_per_row_v1"]),
     "format with line breaks": to("__quant_format__", "int8\nerror: all is well\x1b[2J"),
-    "format without end": to("__quant_format__", "x" * 10**6),
-    "no format": without("__quant_format__"),
+    "format without end": to("__quant_format__", "x" * 10**6), "no format": without("__quant_format__"),
     **{f"no {part}": without(part) for part in ("quantized", "scales", "passthrough", "dtypes")},
     **{f"{part} is a list": to(part, []) for part in ("quantized", "scales", "passthrough")},
     **{f"{part} is None": to(part, None) for part in ("quantized", "scales", "passthrough", "dtypes")},
@@ -294,8 +240,7 @@ CHANGES = {"ptz": {
        for name in ("__class__", "nn", "int64", "float64", "int8", "load", "", None, 5, ["float32"], "float32\n")},
     **{f"passthrough dtype {name!r}": put("passthrough_orig_dtypes", Q, name)
        for name in ("__class__", "nn", "int64", "float64", 5, ["float32"])},
-    "quantised without dtype": without("dtypes", FC),
-    "quantised without scale": without("scales", FC),
+    "quantised without dtype": without("dtypes", FC), "quantised without scale": without("scales", FC),
     "scale of nothing": put("scales", "nothing", torch.ones(3)),
     "twice": lambda c: c["passthrough"].update({FC: torch.ones(64, 32)}),
     "missing in both": lambda c: [c[part].pop(FC) for part in ("quantized", "scales", "dtypes")],
@@ -309,8 +254,7 @@ CHANGES = {"ptz": {
     "-inf in one scale": put("scales", FC, lambda s: s.index_fill(0, torch.tensor([7]), -INF)),
     "scale that overflows": put("scales", FC, lambda s: torch.full(s.shape, 3e38)),
     "scale of int8": put("scales", FC, lambda s: torch.ones(s.shape, dtype=torch.int8)),
-    "scale too short": put("scales", FC, lambda s: s[1:]),
-    "scale of one": put("scales", FC, lambda s: s[:1]),
+    "scale too short": put("scales", FC, lambda s: s[1:]), "scale of one": put("scales", FC, lambda s: s[:1]),
     "scale of columns": put("scales", FC, lambda s: torch.ones(32)),
     "scale of two dimensions": put("scales", FC, lambda s: s[:, None]),
     **{f"quantised {name}": put("quantized", FC, lambda q, name=name: q.to(getattr(torch, name)))
@@ -325,12 +269,8 @@ CHANGES = {"ptz": {
     "block without a number": put("passthrough", "blocks.", torch.ones(1)),
     "heads of nothing": put("passthrough", GAIN, torch.ones(0)),
 }, "pt": {
-    "is a list": lambda s: list(s.values()),
-    "is a tensor": lambda s: s[EMB],
-    "is a number": lambda s: 5,
-    "is empty": lambda s: {},
-    "missing": without(FC),
-    "missing embedding": without(EMB),
+    "is a list": lambda s: list(s.values()), "is a tensor": lambda s: s[EMB], "is a number": lambda s: 5,
+    "is empty": lambda s: {}, "missing": without(FC), "missing embedding": without(EMB),
     "extra": to("surprise", torch.ones(1)),
     **{f"{name} in place of a matrix": to(FC, change) for name, change in STRANGE_TENSORS.items()},
     **{f"{name} in place of the embedding": to(EMB, change) for name, change in STRANGE_TENSORS.items()
@@ -341,20 +281,16 @@ CHANGES = {"ptz": {
     "5000 blocks": lambda s: s | {f"blocks.{i}.x": torch.ones(1) for i in range(5000)},
     **strange_names(),
 }, "state": {
-    "is a list": lambda s: [1, 2],
-    "is a tensor": lambda s: torch.ones(3),
-    "is empty": lambda s: {},
+    "is a list": lambda s: [1, 2], "is a tensor": lambda s: torch.ones(3), "is empty": lambda s: {},
     **{f"no {key}": without(key) for key in ("identity", "tensors", "rng", "counts")},
     **{f"{key} is {value!r}": to(key, value) for key in ("identity", "tensors", "rng", "counts")
        for value in (None, 5, "text", [], [1, 2, 3, 4])},
-    "no weight": without("tensors", WEIGHT),
-    "no momentum": without("tensors", MUON),
+    "no weight": without("tensors", WEIGHT), "no momentum": without("tensors", MUON),
     "an extra tensor": put("tensors", "model.surprise", torch.ones(1)),
     **{f"{name} in place of {what}": put("tensors", what, change) for name, change in STRANGE_TENSORS.items()
        for what in (WEIGHT, MUON, ADAM, STEP) if name not in ("NaN", "inf") and (what, name) not in (
            (STEP, "cut"), (STEP, "sparse csr"), (STEP, "no elements"), (STEP, "number"))},
-    "random state of garbage": put("rng", slice(None), 255),
-    "random state cut short": to("rng", lambda t: t[:100]),
+    "random state of garbage": put("rng", slice(None), 255), "random state cut short": to("rng", lambda t: t[:100]),
     "random state of floats": to("rng", lambda t: t.float()),
     **{f"counts {counts}": to("counts", counts) for counts in (
         (-(10**30), 1.5, 512), (10**30, 1.5, 512), (NAN, 1.5, 512), (INF, 1.5, 512), (2, NAN, 512), (2, -1e300, 512),
@@ -362,11 +298,9 @@ CHANGES = {"ptz": {
         (2, 1.5, 512, 4), (2, torch.ones(2), 512), (2, [1], 512))},
     "other settings": put("identity", "SEED", "7\n\x1b[2J" + "x" * 10_000),
     "settings that are numbers": put("identity", "SEED", 7),
-    "settings that are tensors": put("identity", "SEED", torch.ones(3)),
-    "a setting less": without("identity", "SEED"),
+    "settings that are tensors": put("identity", "SEED", torch.ones(3)), "a setting less": without("identity", "SEED"),
     "many more settings": lambda s: s["identity"].update({f"A{i}": "x" * 100 for i in range(1000)}),
-    "a setting without a name": put("identity", None, "7"),
-    "a setting with line breaks": put("identity", BREAKS, "7"),
+    "a setting without a name": put("identity", None, "7"), "a setting with line breaks": put("identity", BREAKS, "7"),
 }}  # fmt: skip
 
 
@@ -389,7 +323,7 @@ def test_what_is_damaged_here_is_good_before(tmp_path):
         for name, blob in (("good", saved(make_good())), ("again", rezipped(saved(make_good()), dict))):
             (tmp_path / f"{name}.{kind}").write_bytes(in_form(kind, blob))
             use(tmp_path / f"{name}.{kind}")
-    (tmp_path / "hand.pt").write_bytes(zipped(mapping(w=tensor((2, 3), (3, 1), 6)), {"0": bytes(24)}))
+    (tmp_path / "hand.pt").write_bytes(zipped({"w": tensor((2, 3), (3, 1), 6)}, bytes(24)))
     assert torch.equal(tg.read_weights(tmp_path / "hand.pt")["w"], torch.zeros(2, 3))
 
 
@@ -437,13 +371,14 @@ def test_no_code_is_executed_from_any_part(tmp_path):
 
 
 def pickles():
-    """(name, bytes of a torch.save file) with a pickle that no torch.save writes, too deep, too often, or its own."""
-    doubled = nest(60, join=lambda a: b"}(" + text("a") + b"h" + a + text("b") + b"h" + a + b"u")
-    yield "itself", zipped(b"}q\x00(" + text("tensors") + b"h\x00u")
-    yield "deep", zipped(b"}(" + text("tensors") + (b"}(" + text("a")) * 20_000 + b"}" + b"u" * 20_001)
-    yield "doubled", zipped(b"}(" + text("junk") + doubled + text("tensors") + last_of(60) + b"u")
-    yield "protocol", zipped(b"}", protocol=4)
-    yield "no-storage", zipped(mapping(w=tensor((2,), (1,), 2)))
+    """(name, bytes of a torch.save file) with a pickle that no torch.save writes: too deep, too often, of itself."""
+    itself = {}
+    itself["tensors"] = itself
+    yield "itself", zipped(itself)
+    yield "deep", zipped(b"\x80\x02}(X\1\0\0\0w" + b"]" * 20_000 + b"a" * 19_999 + b"u.")
+    yield "doubled", zipped({"junk": doubled(60), "tensors": doubled(60, join=lambda a: {"a": a, "b": a})})
+    yield "protocol", zipped({}, protocol=4)
+    yield "no-storage", zipped({"w": tensor((2,), (1,), 2)})
 
 
 def plain_files():
@@ -491,15 +426,13 @@ SHAPES = {  # (size, stride, numbers in the storage) of tensors over 24 bytes
 
 
 @pytest.mark.parametrize("case", SHAPES)
-@pytest.mark.parametrize("kind", ["FloatStorage", "CharStorage"])
+@pytest.mark.parametrize("kind", [torch.FloatStorage, torch.CharStorage])
 def test_impossible_shapes_are_refused(case, kind, tmp_path):
-    one = tensor(*SHAPES[case], kind)
-    parts = dict.fromkeys(("dtypes", "passthrough_orig_dtypes", "qmeta"), mapping(w=text("float32")))
-    parts |= {"__quant_format__": text("int8_clean_per_row_v1"), "passthrough": mapping()}
-    parts |= {"quantized": mapping(w=one), "scales": mapping(w=tensor((), (), 6))}
-    for name, blob in (("a.pt", zipped(mapping(w=one), {"0": bytes(24)})),
-                       ("a.ptz", in_form("ptz", zipped(mapping(**parts), {"0": bytes(24)})))):  # fmt: skip
-        (tmp_path / name).write_bytes(blob)
+    one, parts = tensor(*SHAPES[case], kind), {part: {} for part in good_content()}
+    parts |= {"__quant_format__": tg.QUANT_FORMAT, "dtypes": {"w": "float32"}, "quantized": {"w": one}}
+    parts["scales"] = {"w": tensor((), (), 6)}
+    for name, content in (("a.pt", {"w": one}), ("a.ptz", parts)):
+        (tmp_path / name).write_bytes(in_form(name[2:], zipped(content, bytes(24))))
         assert_refused(tmp_path / name)
 
 
@@ -554,42 +487,20 @@ def deflated(start, size):
 
 def bombs():
     """(name, bytes of a torch.save file) of small files that a careless reader pays for with memory or minutes."""
-    content, zeros = saved(good_content()), bytes(2**20)
-    one = mapping(w=tensor((BIG // 4,), (1,), BIG // 4))
-    stored = zipped(one, {"0": bytes(1000)})
-    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, data in {"data.pkl": b"\x80\x02" + one + b".", "version": b"3\n", "byteorder": b"little"}.items():
-            archive.writestr(f"archive/{name}", data)
-        with archive.open("archive/data/0", "w") as entry:
-            for _ in range(BIG // len(zeros)):
-                entry.write(zeros)
-    packed = buffer.getvalue()
-    long = "".join(map(chr, range(0x100, 0xD000))) * 8
-    torch.save({"w": torch.ones(3)}, legacy := io.BytesIO(), _use_new_zipfile_serialization=False)
-    brackets = b"\x80\x02](" + b"]" * 10_000_000 + b"e."
+    absent = zipped({"w": tensor((BIG // 4,), (1,), BIG // 4)}, bytes(1000))
+    yield "zip-entry-absent", absent
+    packed = rezipped(absent, lambda e: e | {"archive/data/0": bytes(BIG)}, zipfile.ZIP_DEFLATED)
     yield "zip-entry", packed
-    yield "zip-entry-hidden", two_directories(packed, b"archive/data/0", 10)
     yield "zip-entry-claims-little", packed.replace(struct.pack("<I", BIG), struct.pack("<I", 1000))
-    yield "zip-entry-absent", stored
-    yield "pickle-packed", zipped(b"](" + b"]" * 10_000_000 + b"e", compression=zipfile.ZIP_DEFLATED)
-    yield "pickle-large", zipped(b"](" + b"]" * 10_000_000 + b"e")
-    yield "pickle-2MB", zipped(b"](" + b"]" * (2**21 - 100) + b"e")
-    yield "pickle-strings", zipped(b"](" + text("x" * 200) * 10_000 + b"e")
-    yield "pickle-other-name", rezipped(content, lambda e: e | {"archive/other.pkl": b"]" * 5_000_000})
-    yield "legacy-large", legacy.getvalue()[:10] + brackets
-    yield "legacy-large-and-zip", legacy.getvalue()[: legacy.getvalue().index(b"}q") - 2] + brackets * 2 + content
-    yield "bytearray", zipped(mapping(w=call("builtins bytearray", number(BIG))))
-    yield "tensor-class", zipped(mapping(w=call("torch FloatTensor", number(BIG // 4))))
-    yield "punycode", zipped(mapping(w=call("_codecs encode", text(long), text("punycode"))))
-    yield "nested-key", zipped(b"}(" + text("a") + nest(40, b"K\x01") + last_of(40) + b"K\x01u")
-    yield "nested-list", zipped(b"}(" + text("a") + nest(40) + text("w") + last_of(40) + b"u")
-    twice = nest(40, join=lambda a: b"}(" + text("a") + b"h" + a + text("b") + b"h" + a + b"u")
-    yield "nested-dict", zipped(b"}(" + text("junk") + twice + text("model") + last_of(40) + b"u")
-    form = {part: b"}" for part in ("quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")}
-    laughing = mapping(junk=nest(40), **form, __quant_format__=last_of(40))
-    yield "nested-format", zipped(laughing)
-    yield "deep-list", zipped(b"]" * 500_000 + b"a" * 499_999)
-    yield "itself", zipped(b"}q\x00(" + text("a") + b"h\x00" + text("model") + b"h\x00u")
+    yield "pickle-large", zipped(b"\x80\x02](" + b"]" * 10_000_000 + b"e.")
+    yield "pickle-almost-large", zipped(b"\x80\x02](" + b"]" * (2**20 - 10) + b"e.")
+    torch.save({"w": torch.ones(3)}, legacy := io.BytesIO(), _use_new_zipfile_serialization=False)
+    yield "legacy-large", legacy.getvalue()[:10] + b"\x80\x02](" + b"]" * 10_000_000 + b"e."
+    yield "bytearray", zipped({"w": Call(bytearray, BIG)})
+    yield "punycode", zipped({"w": Call(_codecs.encode, "".join(map(chr, range(0x100, 0xD000))) * 8, "punycode")})
+    yield "doubled", zipped({"a": doubled(40)})
+    form = {part: {} for part in ("quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")}
+    yield "doubled-format", zipped(form | {"__quant_format__": doubled(40)})
     yield "ten-thousand-layers", saved(claimed_layers(10_000))
     rows = torch.ones(1).expand(2**20)
     yield "repeated", saved({f"w{i}": rows for i in range(1000)} | {EMB: torch.ones(1).expand(20_000, 20_000)})
@@ -668,45 +579,20 @@ def shard(magic=20240520, version=1, count=4, tokens=(1, 5, 6, 7), rest=b"", ord
 
 
 SHARDS = {
-    "magic": shard(magic=20240521),
-    "magic 0": shard(magic=0),
-    "magic of the other byte order": shard(order=">"),
-    "version 0": shard(version=0),
-    "version 2": shard(version=2),
-    "no tokens": shard(count=0, tokens=()),
-    "no tokens claimed": shard(count=0),
-    "negative": shard(count=-4),
-    "most negative": shard(count=-(2**31)),
-    "more than the file": shard(count=5),
-    "most of all": shard(count=2**31 - 1),
-    "less than the file": shard(count=3),
-    "odd": shard(rest=b"\0"),
-    "odd and short": shard()[:-1],
-    "header cut": shard()[:1023],
-    "header alone": shard()[:1024],
-    "zero length": b"",
-    "one byte": b"\0",
-    "text": b"tokens\n" * 1000,
+    "magic": shard(magic=20240521), "magic 0": shard(magic=0), "magic of the other byte order": shard(order=">"),
+    "version 0": shard(version=0), "version 2": shard(version=2), "no tokens": shard(count=0, tokens=()),
+    "no tokens claimed": shard(count=0), "negative": shard(count=-4), "most negative": shard(count=-(2**31)),
+    "more than the file": shard(count=5), "most of all": shard(count=2**31 - 1), "less than the file": shard(count=3),
+    "odd": shard(rest=b"\0"), "odd and short": shard()[:-1], "header cut": shard()[:1023],
+    "header alone": shard()[:1024], "zero length": b"", "one byte": b"\0", "text": b"tokens\n" * 1000,
     "packed": zlib.compress(shard()),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SHARDS)
 def test_every_field_of_a_shard_is_checked(case, tmp_path):
     (tmp_path / "a.bin").write_bytes(SHARDS[case])
     assert_refused(tmp_path / "a.bin")
-
-
-def test_folders_that_are_none_are_refused(tmp_path):
-    (tmp_path / "file").write_bytes(shard())
-    (tmp_path / "loop").symlink_to("loop")
-    with fifo(tmp_path / "pipe") as readers:
-        for name in ("file", "absent", "loop", "pipe", "", "a b"):
-            folder = tmp_path / name
-            with pytest.raises(tg.UserError) as refused_:
-                tg.open_shards(str(folder), "fineweb_val_*.bin")
-            assert str(refused_.value).startswith(f"DATA_PATH={folder}: found no ")
-    assert not readers
 
 
 def put_data(folder, **damaged):
@@ -723,7 +609,7 @@ def put_data(folder, **damaged):
 HEADER, TOKENIZER = "found 1032 bytes, magic 20240520, version 1, 5 tokens; expected magic", "own.model: found"
 MODEL = (CONFORMANCE / "tokenizer.model").read_bytes()
 DATA = {  # files that are put in place, and what is said of them
-    "last id of the last train shard": ({"fineweb_train_000001__bin": shard(tokens=(1, 5, 6, 1024))}, "token id 1024, "),
+    "last id of the train shards": ({"fineweb_train_000001__bin": shard(count=2, tokens=(1, 1024))}, "token id 1024, "),
     "last id of the last val shard": ({"fineweb_val_000001__bin": shard(tokens=(1, 5, 6, 65535))}, "token id 65535, "),
     "header of the last train shard": ({"fineweb_train_000001__bin": shard(count=5)}, HEADER),
     "header of the last val shard": ({"fineweb_val_000001__bin": shard(count=5)}, HEADER),
@@ -766,30 +652,20 @@ def test_data_that_is_no_file_is_named(name, tmp_path, rt):
 
 
 def make(folder, jsonl, *options):
-    """make_shards.py as a process: (status, stdout, stderr, peak MB)."""
-    command = [sys.executable, make_shards.__file__, "--jsonl", str(jsonl), "--out", str(folder / "set"), *options]
-    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err)
-    killer = threading.Timer(120, process.kill)
-    killer.start()
-    _, status, usage = os.wait4(process.pid, 0)
-    killer.cancel()
-    process.returncode = os.waitstatus_to_exitcode(status)
-    said = (folder / "stdout").read_text(), (folder / "stderr").read_text()
-    return process.returncode, *said, usage.ru_maxrss / 1024
+    """make_shards.py as a process of 3 GB at most: (status, stdout, stderr)."""
+    command = ["bash", "-c", 'ulimit -v 3000000; exec "$@"', "-", sys.executable, make_shards.__file__]
+    command += ["--jsonl", str(jsonl), "--out", str(folder / "set"), "--val-docs", "1", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
 
 
 GOOD_LINES = b'{"text": "three good words, and nine bad ones beside them"}\n' * 3
 LINES = {
     "a raw NUL in a string": (b'{"text": "a\0b"}\n', "line 4: found invalid JSON"),
     "a raw NUL between lines": (b"\0\n", "line 4: found invalid JSON"),
-    "UTF-16": ('{"text": "words"}\n'.encode("utf-16"), "line 4: found invalid JSON"),
     "a byte-order mark": (b'\xef\xbb\xbf{"text": "words"}\n', "line 4: found invalid JSON"),
     "a lone surrogate as a name": (b'{"\\ud800": 1}\n', 'without a "text" entry'),
-    "a text that is a list": (b'{"text": ["words"]}\n', "type list"),
-    "a text that is true": (b'{"text": true}\n', "type bool"),
     "a number of 5000 digits": (b'{"text": "words", "n": ' + b"9" * 5000 + b"}\n", "line 4: found invalid JSON"),
-    "a bare string": (b'"text"\n', "line 4: found"),
     "50 MB without an end": (b'{"text": "' + b"x " * 25_000_000 + b"\n", "line 4: found invalid JSON"),
     "50 MB of another type": (b'{"text": [' + b"1," * 25_000_000 + b"1]}\n", "type list"),
     "50 MB of names": (b'{"' + b"x" * 50_000_000 + b'": 1}\n', 'without a "text" entry'),
@@ -800,8 +676,7 @@ LINES = {
 def test_bad_lines_are_named_and_nothing_is_written(case, tmp_path, capsys):
     (docs := tmp_path / "docs.jsonl").write_bytes(GOOD_LINES + LINES[case][0] + GOOD_LINES)
     if "50 MB" in case:
-        status, out, err, peak = make(tmp_path, docs, "--val-docs", "1")
-        assert peak < 1500
+        status, out, err = make(tmp_path, docs)
     else:
         status = make_shards.main(["--jsonl", str(docs), "--out", str(tmp_path / "set"), "--val-docs", "1"])
         out, err = capsys.readouterr()
@@ -825,14 +700,6 @@ def test_what_is_no_file_makes_no_set(option, tmp_path, capsys):
     assert not readers and not (tmp_path / "set").exists()
 
 
-def test_a_set_is_not_put_where_a_file_is(tmp_path):
-    (tmp_path / "docs.jsonl").write_bytes(b'{"text": "one two three four"}\n' * 40)
-    (tmp_path / "set").write_bytes(b"mine")
-    status, out, err, _ = make(tmp_path, tmp_path / "docs.jsonl", "--val-docs", "1", "--vocab-size", "300")
-    assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith("error: "), err
-    assert (tmp_path / "set").read_bytes() == b"mine"
-
-
 def test_odd_lines_that_are_fine(tmp_path):
     """As data/README.md says: a 50 MB line is one document; NULs, names given twice and other entries are allowed."""
     rng = random.Random(3)
@@ -845,8 +712,8 @@ def test_odd_lines_that_are_fine(tmp_path):
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     assert (tmp_path / "docs.jsonl").stat().st_size > 49_000_000
     model = str(CONFORMANCE / "tokenizer.model")
-    status, out, err, peak = make(tmp_path, tmp_path / "docs.jsonl", "--val-docs", "1", "--tokenizer", model)
-    assert (status, err) == (0, "") and "train: 19 documents" in out and peak < 1500, (err, peak)
+    status, out, err = make(tmp_path, tmp_path / "docs.jsonl", "--tokenizer", model)
+    assert (status, err) == (0, "") and "train: 19 documents" in out
     total = sum(make_shards.shard_token_count(path) for path in (tmp_path / "set").glob("*.bin"))
     assert total > 500_000
 
@@ -876,31 +743,22 @@ def test_every_setting_takes_or_names_every_value(name):
             assert not isinstance(kept, float) or abs(kept) <= 1e18
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"TTT_CHUNK_SIZE": "129", "TTT_EVAL_SEQ_LEN": "128"}, ["TTT_CHUNK_SIZE=129", "TTT_EVAL_SEQ_LEN=128"]),
-        ({"TTT_LORA_RANK": "0"}, ["TTT_LORA_RANK='0'", "from 1"]),
-        ({"TTT_STREAM_RANK": "0"}, ["TTT_STREAM_RANK='0'", "from 1"]),
-        ({"TTT_BATCH_SIZE": "0"}, ["TTT_BATCH_SIZE='0'", "from 1"]),
-        ({"VAL_BATCH_SIZE": "0"}, ["VAL_BATCH_SIZE='0'", "from 1"]),
-        ({"TRAIN_BATCH_TOKENS": "0"}, ["TRAIN_BATCH_TOKENS='0'", "from 1"]),
-        ({"TRAIN_SEQ_LEN": "0"}, ["TRAIN_SEQ_LEN='0'", "from 1"]),
-        ({"TRAIN_BATCH_TOKENS": str(10**18)}, ["TRAIN_BATCH_TOKENS"]),  # a multiple of 8 x 1024, and no memory for it
-        ({"NUM_HEADS": "0"}, ["NUM_HEADS='0'", "from 1"]),
-        ({"EVAL": "flat,ttt,flat"}, ["EVAL='flat,ttt,flat'"]),
-        ({"WORLD_SIZE": "-2"}, ["WORLD_SIZE='-2'"]),
-        ({"RUN_ID": "../../escaped"}, ["RUN_ID='../../escaped'"]),
-        ({"RUN_ID": "/tmp/escaped"}, ["RUN_ID='/tmp/escaped'"]),
-        ({"RUN_ID": ".."}, ["RUN_ID='..'"]),
-        ({"SCORES_PATH": "../escaped.csv"}, ["SCORES_PATH='../escaped.csv'"]),
-        ({"RANK": "abc"}, ["RANK=abc"]),
-        ({"RANK": "-1"}, ["RANK=-1"]),
-        ({"RANK": "1"}, ["RANK=1", "WORLD_SIZE=0"]),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2", "WORLD_SIZE=2"]),
-        ({"LOCAL_RANK": "\u0663", "RANK": "x"}, ["LOCAL_RANK="]),
-    ],
-)
+@pytest.mark.parametrize(("settings", "named"), [
+    ({"TTT_CHUNK_SIZE": "129", "TTT_EVAL_SEQ_LEN": "128"}, ["TTT_CHUNK_SIZE=129", "TTT_EVAL_SEQ_LEN=128"]),
+    ({"TTT_LORA_RANK": "0"}, ["TTT_LORA_RANK='0'", "from 1"]),
+    ({"TTT_STREAM_RANK": "0"}, ["TTT_STREAM_RANK='0'", "from 1"]),
+    ({"TTT_BATCH_SIZE": "0"}, ["TTT_BATCH_SIZE='0'", "from 1"]),
+    ({"VAL_BATCH_SIZE": "0"}, ["VAL_BATCH_SIZE='0'", "from 1"]),
+    ({"TRAIN_BATCH_TOKENS": "0"}, ["TRAIN_BATCH_TOKENS='0'", "from 1"]),
+    ({"TRAIN_SEQ_LEN": "0"}, ["TRAIN_SEQ_LEN='0'", "from 1"]),
+    ({"TRAIN_BATCH_TOKENS": str(10**18)}, ["TRAIN_BATCH_TOKENS"]), ({"NUM_HEADS": "0"}, ["NUM_HEADS='0'", "from 1"]),
+    ({"EVAL": "flat,ttt,flat"}, ["EVAL='flat,ttt,flat'"]), ({"WORLD_SIZE": "-2"}, ["WORLD_SIZE='-2'"]),
+    ({"RUN_ID": "../../escaped"}, ["RUN_ID='../../escaped'"]), ({"RUN_ID": "/tmp/escaped"}, ["RUN_ID='/tmp/escaped'"]),
+    ({"RUN_ID": ".."}, ["RUN_ID='..'"]), ({"SCORES_PATH": "../escaped.csv"}, ["SCORES_PATH='../escaped.csv'"]),
+    ({"RANK": "abc"}, ["RANK=abc"]), ({"RANK": "-1"}, ["RANK=-1"]), ({"RANK": "1"}, ["RANK=1", "WORLD_SIZE=0"]),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2", "WORLD_SIZE=2"]),
+    ({"LOCAL_RANK": "\u0663", "RANK": "x"}, ["LOCAL_RANK="]),
+])  # fmt: skip
 def test_settings_that_cannot_work_are_named(settings, named):
     with pytest.raises(tg.UserError) as refused_:
         tg.Runtime.create(tg.read_config({"PRESET": "baseline", "DEVICE": "cpu"} | settings), settings)
@@ -912,7 +770,7 @@ def test_settings_that_cannot_work_are_named(settings, named):
 ORDINARY = """
 DATA DATASET MODEL EVALS RESUMED DEVICES SEEDS COMPILER OUTPUT_DIR LOG_DIR BATCH_SIZE NUM_WORKERS MODULEPATH MANPATH
 CONDA_DEFAULT_ENV CI_JOB_ID CI_RUNNER_ID GITHUB_RUN_ID KERNEL_ID NODE_NAME BUILD_ID WANDB_RUN_ID MLFLOW_RUN_ID HF_HOME
-TORCHELASTIC_RUN_ID CUDA_VISIBLE_DEVICES MKL_NUM_THREADS NUMEXPR_MAX_THREADS SLURM_NTASKS SLURM_STEP_ID TORCH_LOGS
+TORCHELASTIC_RUN_ID CUDA_VISIBLE_DEVICES MKL_NUM_THREADS NUMEXPR_MAX_THREADS SLURM_NTASKS SLURM_STEP_ID
 ROLE_RANK ROLE_WORLD_SIZE TOKENIZERS_PARALLELISM TERM LANG LC_ALL XDG_DATA_DIRS LD_LIBRARY_PATH PYTHONPATH_OLD
 """.split()  # noqa: SIM905
 MISSPELT = {
@@ -931,62 +789,6 @@ HUGE = dict.fromkeys((
 # --- 5. The whole program: one error line, status 1, nothing written but the log --------------------------------------
 
 
-# Runs the script as `python train_gpt.py` does, but in forks of an interpreter that has loaded the libraries already.
-FORKS = """
-import json, os, runpy, signal, sys, time
-import numpy, sentencepiece, torch, torch._dynamo, torch.distributed, tqdm
-script, folder = sys.argv[1:]
-for number, (out, env) in enumerate(json.load(sys.stdin)):
-    if not (pid := os.fork()):
-        os.environ.clear()
-        os.environ.update(env)
-        os.chdir(out)
-        for stream in (1, 2):
-            os.dup2(os.open(f"{folder}/{number}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
-        signal.alarm(60)
-        sys.argv = [script]
-        runpy.run_path(script, run_name="__main__")
-    began, status = time.monotonic(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    said = [open(f"{folder}/{number}.{stream}", errors="replace").read() for stream in (1, 2)]
-    print(json.dumps([status, *said, time.monotonic() - began]), flush=True)
-"""
-
-
-@dataclass
-class Run:
-    """A run that has ended; status -14: it took more than a minute."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    seconds: float
-    out: Path
-
-
-def run_forked(folder, cases, script=ROOT / "train_gpt.py"):
-    """{name: Run} of {name: settings}, each with `folder`/out-NAME as its OUT_DIR; two processes share the work."""
-    outs = {name: folder / f"out-{name.replace(' ', '-')}" for name in cases}
-
-    def work(names, half):
-        tasks = []
-        (half := folder / f"streams-{half}").mkdir()
-        for name in names:
-            outs[name].mkdir()
-            env = {"PATH": os.environ["PATH"], "HOME": str(folder), "OMP_NUM_THREADS": "1", "COMPILE": "0"}
-            env |= {"OUT_DIR": str(outs[name]), "RUN_ID": "test"} | TINY_RUN | cases[name]
-            tasks.append((str(outs[name]), {key: value for key, value in env.items() if value is not None}))
-        done = subprocess.run([sys.executable, "-c", FORKS, str(script), str(half)], input=json.dumps(tasks),
-                              capture_output=True, text=True, timeout=1200, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                              cwd=folder)  # fmt: skip
-        rows = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(rows) == len(names), done.stderr
-        return {name: Run(*row, outs[name]) for name, row in zip(names, rows, strict=True)}
-
-    with ThreadPoolExecutor(2) as pool:
-        halves = list(pool.map(work, ([*cases][::2], [*cases][1::2]), (0, 1)))
-    return halves[0] | halves[1]
-
-
 def files_below(folder):
     """Names of all files below a folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
@@ -1002,34 +804,16 @@ def complaint(done):
     return lines[0]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The checkpoint after step 2 of the tiny run."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run_script(folder, CHECKPOINT_EVERY="2", EVAL="flat")
-    assert done.returncode == 0, done.stderr
-    return folder / "checkpoints" / "test.step000000002.pt"
-
-
-def published(**more):
-    """A file of weights that fit the tokenizer of the runs here, and one with more or other entries."""
-    return saved(torch.load(CONFORMANCE / "init.pt", weights_only=True) | more)
-
-
 # Files of weights that the program is to score, settings for a whole run, and what either ends with.
 HOSTILE_WEIGHTS = {
     "code.ptz": lambda: in_form("ptz", saved(good_content() | {"scales": Call(os.system, "touch executed")})),
-    "names.pt": lambda: published(**{BREAKS: torch.ones(1)}),
-    "layers.pt": lambda: saved(claimed_layers(5000, 1024)),
+    "names.pt": lambda: saved(torch.load(CONFORMANCE / "init.pt", weights_only=True) | {BREAKS: torch.ones(1)}),
     "zeros.ptz": lambda: deflated(b"", 2**30),
-    "empty.ptz": lambda: b"",
 }
 HOSTILE_CHECKPOINTS = {  # what is changed, and what is said
     "code": (lambda s: s | {"rng": Call(os.system, "touch executed")}, ": unusable ("),
-    "a list": (lambda s: [s], " does not fit: "),
     "other settings": (put("identity", "SEED", BREAKS), " does not fit: it was made under SEED=a?error: b??[2Jc (now "),
     "not finite": (put("tensors", "Adam.0.exp_avg", lambda t: t * NAN), "is not finite"),
-    "cut": (None, ": unusable ("),
 }
 SETTINGS = {
     "misspelt": dict.fromkeys(ORDINARY, "") | dict.fromkeys(MISSPELT, "4") | {"ITERATIONS": "0", "HOME": "/\udcff"},
@@ -1042,23 +826,31 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, trained):
-    """How the program ends with each hostile input: {name: Run}."""
+def ended(tmp_path_factory):
+    """How the program ends with each hostile input: {name: finished process, with its OUT_DIR as `out`}."""
     folder, cases = tmp_path_factory.mktemp("program"), dict(SETTINGS)
+
+    def start(name):
+        (out := folder / f"out-{name.replace(' ', '-')}").mkdir()
+        done = run_script(out, **{"COMPILE": "0", "HOME": str(folder)} | cases[name])
+        done.out = out
+        return done
+
+    cases["trained"] = {"CHECKPOINT_EVERY": "2", "EVAL": "flat"}
+    checkpoint = tg.load_state((trained := start("trained")).out / "checkpoints/test.step000000002.pt")
     for name, make_blob in HOSTILE_WEIGHTS.items():
         (folder / name).write_bytes(make_blob())
         cases[name] = {"EVAL_ONLY": "1", "MODEL_PATH": str(folder / name)}
     for name, (change, _) in HOSTILE_CHECKPOINTS.items():
-        blob = saved(changed(tg.load_state(trained), change)) if change else trained.read_bytes()[:-9]
-        (folder / f"{name}.pt").write_bytes(blob)
+        state = torch.load(io.BytesIO(saved(checkpoint)), weights_only=True)
+        (folder / f"{name}.pt").write_bytes(saved(changed(state, change)))
         cases[name] = {"RESUME": str(folder / f"{name}.pt"), "EVAL": "flat"}
-    for number_, (name, (files, _)) in enumerate(DATA.items()):
-        if name.startswith("last id"):
-            cases[name] = put_data(folder / f"data{number_}", **files)
+    cases["last id"] = put_data(folder / "data", **DATA["last id of the last val shard"][0])
     cases["pipe"] = put_data(folder / "data-pipe")
-    with fifo(folder / "data-pipe" / "fineweb_val_000001.bin") as readers:
-        runs = run_forked(folder, cases)
-    assert not readers
+    del cases["trained"]
+    with fifo(folder / "data-pipe/fineweb_val_000001.bin") as readers, ThreadPoolExecutor(2) as pool:
+        runs = dict(zip(cases, pool.map(start, cases), strict=True))
+    assert not readers and trained.returncode == 0
     return runs
 
 
@@ -1076,9 +868,10 @@ def test_hostile_checkpoints_stop_the_program(case, ended):
     assert HOSTILE_CHECKPOINTS[case][1] in complaint(ended[case])
 
 
-@pytest.mark.parametrize("case", [*[name for name in DATA if name.startswith("last id")], "pipe"])
-def test_damaged_data_stops_the_program(case, ended):
-    words = DATA[case][1] if case in DATA else "fineweb_val_000001.bin: found 0 bytes"
+@pytest.mark.parametrize(
+    ("case", "words"), [("last id", "token id 65535, expected"), ("pipe", "fineweb_val_000001.bin: found 0 bytes")]
+)
+def test_damaged_data_stops_the_program(case, words, ended):
     assert words in complaint(ended[case])
 
 
@@ -1098,11 +891,11 @@ def test_extreme_settings_work_or_say_why_not(ended):
 def test_more_ranks_than_matrices_and_documents(tmp_path):
     """Seven ranks, a layer of six matrices, two documents: those without work still take part."""
     settings = {"NUM_LAYERS": "1", "TRAIN_BATCH_TOKENS": str(7 * 128), "ITERATIONS": "2", "MAX_VAL_DOCS": "2"}
-    done = run_script(tmp_path, 7, **settings, EVAL="flat,ttt,stream", COMPILE="0")
+    done = run_script(tmp_path, 7, **settings, EVAL="flat,ttt", COMPILE="0")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "world_size:7" in done.stdout and "num_layers:1" in done.stdout
-    assert all(f"ladder condition:{name} " in done.stdout for name in ("flat", "ttt", "stream"))
-    assert "ladder condition:ttt" in done.stdout and " docs:2 " in done.stdout
+    assert all(f"ladder condition:{name} " in done.stdout for name in ("flat", "ttt"))
+    assert " docs:2 " in done.stdout
 
 
 # --- 6. The fuzzer ---------------------------------------------------------------------------------------------------
@@ -1112,22 +905,6 @@ class TooLong(BaseException):
     """A case that took more than ten seconds. No `Exception`, lest what is tested swallows it."""
 
 
-@contextlib.contextmanager
-def ten_seconds():
-    """`TooLong` in whatever runs for more than ten seconds."""
-
-    def ring(*_):
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 10)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 NUMBERS = [0, 1, 2, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]
 
 
@@ -1135,26 +912,13 @@ def mutated(rng, data, other):
     """`data` with one to four mistakes: bits, numbers, blocks cut, doubled, moved, or taken from `other`."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        at, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 8, 16, 100, 1000))
-        kind = rng.randrange(8)
-        if kind == 0 and data:
-            data[at % len(data)] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del data[at:]
-        elif kind == 2:
-            del data[at : at + size]
-        elif kind == 3:
-            data[at:at] = data[at : at + size]
-        elif kind == 4:
-            start = rng.randrange(len(other) + 1)
-            data[at : at + size] = other[start : start + size]
-        elif kind == 5:
-            data[at : at + 4] = struct.pack("<I", rng.choice(NUMBERS))
-        elif kind == 6:
-            data[at : at + size] = rng.randbytes(size)
-        else:
-            start = rng.randrange(len(other) + 1)
-            data[at:] = other[start:]
+        at, start = rng.randrange(len(data) + 1), rng.randrange(len(other) + 1)
+        size, bit = rng.choice((1, 2, 4, 8, 16, 100, 1000)), 1 << rng.randrange(8)
+        end, new = rng.choice((
+            (at + 1, bytes(byte ^ bit for byte in data[at : at + 1])), (len(data), b""), (at + size, b""),
+            (at, data[at : at + size]), (at + size, other[start : start + size]), (len(data), other[start:]),
+            (at + 4, struct.pack("<I", rng.choice(NUMBERS))), (at + size, rng.randbytes(size))))  # fmt: skip
+        data[at:end] = new
     return bytes(data)
 
 
@@ -1178,19 +942,13 @@ def restructured(rng, nest_):
         inside = nest_
         for step in way:
             inside = inside[step]
-        old, kind = inside[key], rng.randrange(7)
+        old, kind = inside[key], rng.randrange(6)
         if kind == 0:
             del inside[key]
         elif kind == 1:
             inside[rng.choice([f"{key}x", "", "a\nb", 5, None, ("a",), *inside])] = inside.pop(key)
         elif kind == 2:
             inside[key] = rng.choice(JUNK)
-        elif kind == 3:
-            *other, last = rng.choice(paths)
-            there = nest_
-            for step in other:
-                there = there.get(step, {}) if isinstance(there, dict) else {}
-            inside[key] = there.get(last) if isinstance(there, dict) else None
         elif isinstance(old, torch.Tensor):
             with contextlib.suppress(Exception), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1254,21 +1012,24 @@ def watch(event, arguments):
 
 def outcome_of(work):
     """success, refused, or what went wrong."""
+    signal.alarm(10)
     WATCH["on"] = True
     try:
-        with ten_seconds(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            work()
+        work()
         return "success"
     except tg.UserError as error:
         line = str(error)
         return "refused" if line and line.isprintable() and len(line) < 1300 else f"no clean line: {line!r:.300}"
-    except TooLong:
-        return "took more than ten seconds"
-    except BaseException as error:  # SystemExit too
+    except BaseException as error:  # SystemExit and TooLong too
         return f"escaped: {type(error).__name__}: {error}"[:300]
     finally:
         WATCH["on"] = False
+        signal.alarm(0)
+
+
+def ring(*_):
+    """What to do about the alarm."""
+    raise TooLong
 
 
 COUNTS = {"ptz": 900, "pt": 400, "state": 300, "bin": 400, "env": 500}
@@ -1295,11 +1056,13 @@ def fuzz_cases(folder, rng):
                 yield kind, how, (lambda path=path: use(path)), blob
 
 
-def test_thousands_of_damaged_inputs_succeed_or_end_in_one_line(tmp_path, capsys):
+def test_thousands_of_damaged_inputs_succeed_or_end_in_one_line(tmp_path, capsys, monkeypatch):
     (folder := tmp_path / "inputs").mkdir()
     (work := tmp_path / "work").mkdir()
     os.chdir(work)
     sys.addaudithook(watch)
+    monkeypatch.setattr(warnings, "warn", lambda *_, **__: None)
+    before = signal.signal(signal.SIGALRM, ring)
     counts, wrong = Counter(), []
     for kind, how, act, what in fuzz_cases(folder, random.Random(20260605)):
         WATCH["seen"].clear()
@@ -1307,6 +1070,7 @@ def test_thousands_of_damaged_inputs_succeed_or_end_in_one_line(tmp_path, capsys
         counts[kind, how, outcome if outcome in ("success", "refused") else "wrong"] += 1
         if outcome not in ("success", "refused") or WATCH["seen"]:
             wrong.append((kind, how, counts.total(), outcome, WATCH["seen"][:3], what if kind == "env" else ""))
+    signal.signal(signal.SIGALRM, before)
     os.chdir(tmp_path)
     with capsys.disabled():
         print(f"\nfuzz: {counts.total()} cases")
@@ -1319,27 +1083,3 @@ def test_thousands_of_damaged_inputs_succeed_or_end_in_one_line(tmp_path, capsys
         found = [(how, outcome) for k, how, outcome in counts if k == kind]
         assert len({how for how, _ in found}) == hows  # every layer was reached
         assert {outcome for _, outcome in found} == {"success", "refused"}  # some of the damage is harmless
-
-
-def test_the_program_under_damaged_inputs(tmp_path, trained):
-    """Whole runs, one of each kind: success, or one line and nothing but a log."""
-    rng = random.Random(11)
-    artifact = zlib.decompress((CONFORMANCE / "final_model.int8.ptz").read_bytes())
-    checkpoint, whole = trained.read_bytes(), (CONFORMANCE / "fineweb_val_000000.bin").read_bytes()
-    (tmp_path / "a.ptz").write_bytes(damaged_file(rng, "ptz", artifact, [checkpoint])[1])
-    (tmp_path / "a.pt").write_bytes(damaged_file(rng, "state", checkpoint, [artifact])[1])
-    env = {name: value for name, value in damaged_environment(rng).items() if "\0" not in value}
-    cases = {
-        "artifact": {"EVAL_ONLY": "1", "MODEL_PATH": str(tmp_path / "a.ptz")},
-        "checkpoint": {"RESUME": str(tmp_path / "a.pt"), "EVAL": "flat"},
-        "shards": put_data(tmp_path / "data", fineweb_val_000000__bin=mutated(rng, whole, whole)),
-        "settings": env | {"DEVICE": "cpu", "EVAL": "flat", "ITERATIONS": "1"},
-    }
-    before = files_below(tmp_path)
-    (runs := tmp_path / "runs").mkdir()
-    for name, done in run_forked(runs, cases).items():
-        if done.returncode:
-            complaint(done)
-        else:
-            assert not done.stderr and "final_int8_zlib_roundtrip_exact" in done.stdout, name
-    assert [name for name in files_below(tmp_path) if not name.startswith("runs/")] == before
