@@ -1116,12 +1116,11 @@ def gather_chunk(
     """
     ends = places + np.minimum(left, how.chunk)
     begins = places if how.stream else np.maximum(ends - how.window, 0)
-    widest = how.chunk if how.stream else int((ends - places).max())  # known here: the device is never asked
     start, begin, end, place = rt.upload(np.stack((starts, begins, ends, places)))[:, :, None]
     ids = tokens[start + torch.minimum(begin + torch.arange(length, device=rt.device), end - 1)].long()
-    place = place + torch.arange(widest, device=rt.device)
+    place = place + torch.arange(min(length, how.chunk), device=rt.device)
     live, place = place < end, torch.minimum(place, end - 1)
-    at = None if (begins == places).all() else place - begin  # None: everywhere
+    at = None if length <= how.chunk and (begins == places).all() else place - begin  # None: everywhere
     return ids, tokens[start + place + 1].long(), at, start + place, live
 
 def score_then_learn(
@@ -1456,6 +1455,8 @@ class Trainer:
             differ = sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name))
             found = ", ".join(f"{name}={theirs.get(name)!s:.64} (now {mine.get(name)!s:.64})" for name in differ)
             require(not differ, f"it was made under {found}")
+            extra = sorted(state["tensors"].keys() - self.tensors().keys())
+            require(not extra, f"it has {extra[:1]!s:.80}, this training has not")
             for name, tensor in self.tensors().items():
                 other = state["tensors"][name]
                 fits = (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
@@ -1464,7 +1465,7 @@ class Trainer:
             torch.set_rng_state(state["rng"])
             require(0 <= step <= 1e18 and 0 <= elapsed <= 1e18 and 0 <= position <= 1e18, "its counts are impossible")
             self.step, self.elapsed_ms, self.stream.position = int(step), float(elapsed), int(position)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # whatever a forged checkpoint leads to
             raise UserError(f"{path} does not fit: {error!s:.900}; set it back, or leave out RESUME") from None
         self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
 
@@ -1611,16 +1612,16 @@ def main() -> int:
         known, agreed, status = isinstance(error, (UserError, OSError)), isinstance(error, AgreedError), 1
         line = str(UserError(error)) if known else f"{error!r:.160}"
         line = f"error: {line}" if agreed or not rt or rt.world == 1 else f"error: rank {rt.rank}: {line}"
-        if rt and rt.heard:  # torchrun sends SIGTERM, too, where another rank is gone
+        if number := rt and (rt.heard or rt.signal):  # torchrun sends SIGTERM, too, where another rank is gone
             gone = rt.lost_ranks() if rt.world > 1 else ""
-            told = f"error: {gone}" if gone else f"stopped by {signal.Signals(rt.heard).name}: "
+            told = f"error: {gone}" if gone else f"stopped by {signal.Signals(number).name}: "
             line = line.replace("error: ", told, 1)
             line, status = f"{line}; go on with RESUME=auto and the same settings", 1 if gone else 75
         if os.environ.get("RANK", "0") == "0" or not agreed:
             print(line, file=sys.stderr, flush=True)
             with contextlib.suppress(AttributeError, OSError):  # no log yet; a full disk takes no last line
                 rt.log(line, console=False)
-        if not known and not (rt and rt.heard):
+        if not known and not number:
             traceback.print_exc()
     if agreed and dist.is_initialized():  # else another rank may be waiting for this one, and leaving would wait for it
         dist.destroy_process_group()
