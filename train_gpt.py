@@ -1365,8 +1365,8 @@ class Trainer:
         names = [f.name for f in fields(cfg)]
         names = names[names.index("seed") : names.index("grad_clip_norm") + 1]
         shared = {"grad_accum_steps": rt.world * cfg.grad_accum_steps, "dtype": rt.dtype}  # ranks share micro-steps
-        decisive = {name: getattr(cfg, name) for name in names} | shared | hashes
-        self.identity = {name.upper(): spell(value) for name, value in decisive.items()}
+        decisive = {name: getattr(cfg, name) for name in names} | shared
+        self.identity = {name.upper(): spell(value) for name, value in decisive.items()} | dict(hashes)
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors that training changes, by name; they are the same on every rank."""
