@@ -63,7 +63,8 @@ class Bench:
         if name != "naive":
             return tg.evaluate(self.model, self.docs, self.condition(name), self.cfg, self.rt)
         ledger, computed = naive_ledger(self.model, self.docs, self.condition(name), self.cfg, self.rt)
-        return tg.Score.tally(ledger, self.docs, self.condition(name), self.cfg.ttt_chunk_size, computed)
+        score = tg.Score.tally(ledger, self.docs, self.condition(name), self.cfg.ttt_chunk_size)
+        return replace(score, computed=computed)
 
 
 def naive_ledger(

@@ -332,7 +332,7 @@ def read_audits(lines: Lines, ladder: tuple[Rung, ...]) -> tuple[str, ...]:
         targets, scored, *left_out = (int(number or 0) for number in match.groups()[1:])
         if scored != rung.tokens or targets != scored + sum(left_out):
             lines.refuse(f"'audit coverage: {match[0]}'", f"scored_once:{rung.tokens}; the other targets left out")
-    late = {match[1] for match in matches if match[6]}  # EVAL_MAX_SECONDS ended them
+    late = {match[1] for match in matches if match[7]}  # EVAL_MAX_SECONDS ended them
     isolated = [rung for rung in ladder if rung.condition not in {"flat", *late}]  # they score the same documents
     for rung in isolated:
         size = counted if documents == of else isolated[0].bytes
