@@ -246,8 +246,8 @@ class Runtime:
         require(rank < max(world, 1), f"{found}: expected a rank below the world size, as torchrun sets them")
         rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1)
         if cfg.device == "cuda":
-            if (needed := here or 1) > (found := torch.cuda.device_count()):
-                raise AgreedError(f"DEVICE=cuda: {needed} ranks on this machine, found {found} GPUs; start fewer ranks")
+            if (needed := here or 1) > (gpus := torch.cuda.device_count()):
+                raise AgreedError(f"DEVICE=cuda: {needed} ranks on this machine, found {gpus} GPUs; start fewer ranks")
             rt.device, rt.noise = torch.device("cuda", local), 1e-2  # backward kernels add atomically, in any order
             torch.cuda.set_device(rt.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rt.dtype != torch.float32
@@ -1214,6 +1214,8 @@ class Progress:
             try:
                 save_state(self.path, {"at": at, "entries": ledger[:, at.to(ledger.device)].cpu(), "seconds": seconds})
             except OSError as error:
+                if self.rt.heard:
+                    raise
                 self.rt.log(f"warning: what is finished is not kept, the evaluation goes on: {error}")
             cost = self.rt.seconds() - now
             self.due = now + max(5.0, 50 * cost)  # so that it takes a fiftieth of the time at most
@@ -1452,12 +1454,13 @@ class Trainer:
             return self.rt.log("resume: found no checkpoint; starting anew")
         try:
             (step, elapsed, position), theirs, mine = state["counts"], state["identity"], self.identity
+            own = self.tensors()
             differ = sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name))
             found = ", ".join(f"{name}={theirs.get(name)!s:.64} (now {mine.get(name)!s:.64})" for name in differ)
             require(not differ, f"it was made under {found}")
-            extra = sorted(state["tensors"].keys() - self.tensors().keys())
+            extra = sorted(state["tensors"].keys() - own.keys())
             require(not extra, f"it has {extra[:1]!s:.80}, this training has not")
-            for name, tensor in self.tensors().items():
+            for name, tensor in own.items():
                 other = state["tensors"][name]
                 fits = (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
                 require(fits, f"{name} is {other.dtype} {tuple(other.shape)}")

@@ -435,6 +435,7 @@ def test_weights_that_are_not_finite_are_never_exported(tmp_path):
     state["blocks.2.attn.proj.weight"][5, 7] = torch.nan
     torch.save(state, tmp_path / "bad.pt")
     line = refusal(run_script(tmp_path, **EVAL_ARTIFACT | {"MODEL_PATH": str(tmp_path / "bad.pt")}))
+    assert line.startswith(f"error: {tmp_path / 'bad.pt'}: unusable")
     assert "'blocks.2.attn.proj.weight' does not name finite floats" in line
     assert not list(tmp_path.glob("*.ptz"))
 
