@@ -241,9 +241,9 @@ class Runtime:
         """Claim the device and join the other ranks that torchrun started. `AgreedError` where GPUs are lacking."""
         given = [env.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
         found = "RANK={}, WORLD_SIZE={}, LOCAL_RANK={}, LOCAL_WORLD_SIZE={}".format(*given)
-        require(all(map(str.isdecimal, given)), f"{found}: expected whole numbers, as torchrun sets them")
+        sound = all(map(str.isdecimal, given)) and int(given[0]) < max(int(given[1]), 1)
+        require(sound, f"{found}: expected whole numbers, the rank below the world size, as torchrun sets them")
         rank, world, local, here = map(int, given)
-        require(rank < max(world, 1), f"{found}: expected a rank below the world size, as torchrun sets them")
         rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1)
         if cfg.device == "cuda":
             if (needed := here or 1) > (gpus := torch.cuda.device_count()):
@@ -277,8 +277,8 @@ class Runtime:
 
     def open_log(self, cfg: Config, env: Mapping[str, str]) -> None:
         """Claim the log file and start it with what identifies the run, this script first. `UserError`, `OSError`."""
-        for folder in ("logs", "checkpoints"):
-            Path(cfg.out_dir, folder).mkdir(parents=True, exist_ok=True)
+        for folder in (folders := [Path(cfg.out_dir, name) for name in ("logs", "checkpoints", "")]):
+            folder.mkdir(parents=True, exist_ok=True)
         self.lock = self.log_path.open("a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
@@ -288,8 +288,10 @@ class Runtime:
                 raise UserError(f"{line}; choose another RUN_ID or OUT_DIR, or wait for its end") from None
         if self.lock.tell():  # the log of an earlier run of that name gets a number
             names = (self.log_path.with_suffix(f".{number}.txt") for number in itertools.count(1))
-            write_atomically(next(path for path in names if not path.exists()), self.log_path.read_bytes())
+            self.write(next(path for path in names if not path.exists()), self.log_path.read_bytes())
             self.lock.truncate(0)
+        for rest in (rest for folder in folders for rest in folder.glob(f".{self.run_id}~*.tmp")):
+            rest.unlink()  # an attempt was killed while it wrote
         settings = {f.name.upper(): shlex.quote(spell(getattr(cfg, f.name))) for f in fields(cfg)}
         given = "".join(f"{name}={shlex.quote(env[name])} " for name in settings if name in env)
         launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
@@ -342,6 +344,26 @@ class Runtime:
                     file.write(text + "\n")
             except OSError as error:
                 raise OSError(error.errno, f"{self.log_path}: {error.strerror}") from None
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        """Put `data` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
+        temporary = path.with_name(f".{self.run_id}~{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            line = f"{path}: {error.strerror}; not written, what was there before still is"
+            raise OSError(error.errno, line) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def save(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Write tensors and plain values, atomically; `load_state` reads them."""
+        torch.save(state, buffer := io.BytesIO())
+        self.write(path, buffer.getbuffer())
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, on all of them."""
@@ -434,20 +456,6 @@ def source_code() -> str:
     """This file's own text, which heads every log and counts towards the budget: read once, lest it be edited."""
     return Path(__file__).read_bytes().decode()
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path}: {error.strerror}; not written, what was there before still is") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
 def read_file(path: str | Path) -> bytes:
     """The bytes of a regular file; `UserError` for anything else, since a pipe might never end."""
     found = "something else than a file" if Path(path).exists() else "nothing"
@@ -478,13 +486,8 @@ def unpack(blob: bytes) -> Any:
     copied.seek(0)
     return torch.load(copied, map_location="cpu", weights_only=True)
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values, atomically."""
-    torch.save(state, buffer := io.BytesIO())
-    write_atomically(path, buffer.getbuffer())
-
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote. `UserError` where the file is damaged or something else."""
+    """What `Runtime.save` wrote. `UserError` where the file is damaged or something else."""
     try:
         return unpack(read_file(path))
     except Exception as error:  # whatever the file system, zipfile and torch.load find wrong
@@ -834,8 +837,8 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     torch.save(content, quantized := io.BytesIO())
     raw, quantized, code = raw.getbuffer(), quantized.getbuffer(), len(source_code().encode())
     if not cfg.eval_only:
-        write_atomically(path.with_name("final_model.pt"), raw)
-    write_atomically(path, blob := zlib.compress(quantized, level=9))
+        rt.write(path.with_name("final_model.pt"), raw)
+    rt.write(path, blob := zlib.compress(quantized, level=9))
     before = sum(tensor.nbytes for tensor in state.values())
     after = sum(tensor.nbytes for part in ("quantized", "scales", "passthrough") for tensor in content[part].values())
     rt.log(f"Serialized model: {len(raw)} bytes")
@@ -882,13 +885,15 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
         raise UserError(f"{path}: not the weights of this model ({error!r:.160}); expected its tensor names") from None
     return cfg
 
-def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy the weights of file `path` into the model. `UserError` naming the first tensor that does not fit."""
-    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (model.state_dict(), state)]
+def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy the `state` in file `path` into the tensors `own`. `UserError` naming the first one that does not fit."""
+    shapes = [{name: tuple(t.shape) if t.is_floating_point() else t.dtype for name, t in tensors.items()}
+              for tensors in (own, state)]  # fmt: skip
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         expected, found = (shape.get(name, "no such tensor") for shape in shapes)
         require(expected == found, f"{path}: {name:.80}: found {found}, expected {expected}, as other tensors say")
-    model.load_state_dict(state)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
 
 # ==== Adapters: a low-rank correction per document, and its optimizer =================================================
 @dataclass(frozen=True)
@@ -1051,7 +1056,7 @@ def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
         rows = [("condition", *next(iter(scores.values())).columns)]
         for name, score in scores.items():
             rows += [(name, *row) for row in zip(*(c.tolist() for c in score.columns.values()), strict=True)]
-        write_atomically(path, data := "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
+        rt.write(path, data := "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
         rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data).hexdigest()}")
 
 def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
@@ -1212,7 +1217,8 @@ class Progress:
             at = torch.from_numpy(np.flatnonzero(self.done[self.owner]) + self.offset)
             seconds = 0.0 if self.rt.rank else now - self.began
             try:
-                save_state(self.path, {"at": at, "entries": ledger[:, at.to(ledger.device)].cpu(), "seconds": seconds})
+                entries = ledger[:, at.to(ledger.device)].cpu()
+                self.rt.save(self.path, {"at": at, "entries": entries, "seconds": seconds})
             except OSError as error:
                 if self.rt.heard:
                     raise
@@ -1421,8 +1427,7 @@ class Trainer:
         step, position = self.step, self.stream.position
         for _ in range(self.cfg.warmup_steps):
             self.train_step()
-        for name, tensor in self.tensors().items():
-            tensor.copy_(start[name])
+        copy_tensors(self.tensors(), start, "")
         self.step, self.stream.position, self.fault = step, position, self.no_fault
 
     def save(self) -> None:
@@ -1432,7 +1437,7 @@ class Trainer:
         state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state(), "counts": counts}
         try:
             if self.rt.rank == 0:
-                save_state(Path(self.cfg.out_dir, f"checkpoints/{self.rt.run_id}.step{self.step:09d}.pt"), state)
+                self.rt.save(Path(self.cfg.out_dir, f"checkpoints/{self.rt.run_id}.step{self.step:09d}.pt"), state)
                 for old in find_checkpoints(self.cfg, self.rt.run_id)[2:]:
                     old.unlink()
         except OSError as error:
@@ -1454,19 +1459,12 @@ class Trainer:
             return self.rt.log("resume: found no checkpoint; starting anew")
         try:
             (step, elapsed, position), theirs, mine = state["counts"], state["identity"], self.identity
-            own = self.tensors()
             differ = sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name))
             found = ", ".join(f"{name}={theirs.get(name)!s:.64} (now {mine.get(name)!s:.64})" for name in differ)
             require(not differ, f"it was made under {found}")
-            extra = sorted(state["tensors"].keys() - own.keys())
-            require(not extra, f"it has {extra[:1]!s:.80}, this training has not")
-            for name, tensor in own.items():
-                other = state["tensors"][name]
-                fits = (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
-                require(fits, f"{name} is {other.dtype} {tuple(other.shape)}")
-                tensor.copy_(other)
+            require(all(0 <= count <= 1e18 for count in state["counts"]), "its counts are impossible")
+            copy_tensors(self.tensors(), state["tensors"], path)
             torch.set_rng_state(state["rng"])
-            require(0 <= step <= 1e18 and 0 <= elapsed <= 1e18 and 0 <= position <= 1e18, "its counts are impossible")
             self.step, self.elapsed_ms, self.stream.position = int(step), float(elapsed), int(position)
         except Exception as error:  # whatever a forged checkpoint leads to
             raise UserError(f"{path} does not fit: {error!s:.900}; set it back, or leave out RESUME") from None
@@ -1541,7 +1539,7 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
 def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
     scores, rungs, kept = {}, ladder(docs, cfg, rt), []
-    rt.together(lambda: load_weights(model, read_weights(path), path))
+    rt.together(lambda: copy_tensors(model.state_dict(), read_weights(path), path))
     artifact, code = path.read_bytes(), source_code().encode()
     headroom, digest = SUBMISSION_BUDGET - len(artifact) - len(code), sha256(artifact).hexdigest()
     rt.log(f"sha256 artifact:{digest} {path.name}")
@@ -1585,7 +1583,7 @@ def run(cfg: Config, rt: Runtime) -> None:
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.dtype).to(rt.device)
     if weights is not None:
-        rt.together(lambda: load_weights(model, weights, cfg.model_path))
+        rt.together(lambda: copy_tensors(model.state_dict(), weights, cfg.model_path))
     names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
     shape = " ".join(f"{name}:{getattr(cfg, name)}" for name in names)
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")

@@ -22,7 +22,7 @@ def artifact():
     rt = tg.Runtime(CPU, torch.bfloat16)
     cfg, weights, _, docs, _ = tg.load_inputs(tg.read_config(env), rt)
     model = tg.GPT(cfg, rt.dtype)
-    tg.load_weights(model, weights, "artifact")
+    tg.copy_tensors(model.state_dict(), weights, "artifact")
     return model, docs, cfg, rt
 
 

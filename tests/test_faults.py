@@ -214,6 +214,7 @@ def same_end(program, base):
     assert scores(program) == scores(base)
     assert content(program.folder, *ARTIFACTS, "scores.csv") == content(base.folder, *ARTIFACTS, "scores.csv")
     assert checkpoints(program.folder)[-1] == checkpoints(base.folder)[-1] and not parts(program.folder)
+    assert not list(program.folder.rglob("*.tmp"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -259,14 +260,14 @@ MOMENTS = {
     "loading": (r"sha256 val:", 0.3, [11]),
     "training": (r"step:2/40 ", 0.5, [21, 22]),
     "late training": (r"step:34/40 ", 0.1, [31]),
-    "first checkpoint": (r".test.step000000005.pt.", 0.002, [41]),
-    "checkpoint": (r".test.step000000025.pt.", 0.004, [51]),
-    "last checkpoint": (r".test.step000000040.pt.", 0.003, [61]),
-    "weights": (r".final_model.pt.", 0.003, [71, 72]),
-    "artifact": (r".final_model.int8.ptz.", 0.002, [81]),
+    "first checkpoint": (r".test~test.step000000005.pt.", 0.002, [41]),
+    "checkpoint": (r".test~test.step000000025.pt.", 0.004, [51]),
+    "last checkpoint": (r".test~test.step000000040.pt.", 0.003, [61]),
+    "weights": (r".test~final_model.pt.", 0.003, [71, 72]),
+    "artifact": (r".test~final_model.int8.ptz.", 0.002, [81]),
     "ttt": (r"audit causality: condition:ttt", 1.0, [91, 92]),
     "stream": (r"audit causality: condition:stream", 0.7, [101, 102]),
-    "scores": (r".scores.csv.", 0.001, [111, 112]),
+    "scores": (r".test~scores.csv.", 0.001, [111, 112]),
 }
 KILLS = [f"{name}-{seed}" for name, (_, _, seeds) in MOMENTS.items() for seed in seeds]
 
@@ -642,7 +643,7 @@ def test_no_room_for_the_artifact(tmp_path, base):
         before.pop(step(40))  # written again, with a clock a little later
 
         def weights_written(out=out):
-            found = [path.stat().st_size for path in (*out.glob(".final_model.pt.*"), *out.glob("final_model.pt"))]
+            found = [path.stat().st_size for path in (*out.glob(".*~final_model.pt.*"), *out.glob("final_model.pt"))]
             return found == [size]
 
         with Program(out, **AUTO) as program:
