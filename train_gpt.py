@@ -32,12 +32,13 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
@@ -172,9 +173,8 @@ def _parse(name: str, text: str, spec: Any) -> Any:
 
 def spell(value: Any) -> str:
     """The text that stands for a setting's value in the environment: what `_parse` reads back."""
-    if isinstance(value, tuple):
-        return ",".join(map(spell, value))
-    return str(int(value) if isinstance(value, bool) else value)
+    plain = int(value) if isinstance(value, bool) else value
+    return ",".join(map(spell, value)) if isinstance(value, tuple) else str(plain)
 
 def read_config(env: Mapping[str, str]) -> Config:
     """Settings from the environment, else the preset's, else the defaults. `AgreedError` for what cannot be or work."""
@@ -197,18 +197,18 @@ def count_parameters(cfg: Config) -> int:
 def check_config(cfg: Config, world: int) -> None:
     """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
-    nearest = max(unit, round(cfg.train_batch_tokens / unit) * unit)
-    name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
-    ask = functools.partial(require, kind=AgreedError)
+    name, ask = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}", functools.partial(require, kind=AgreedError)
     ask(re.fullmatch(f"({name})?", cfg.run_id),
         f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names files; rename it")
-    taken = cfg.scores_path and os.path.isdir(os.path.join(cfg.out_dir, cfg.scores_path))
-    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not taken,
+    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not cfg.scores_path * Path(
+        cfg.out_dir, cfg.scores_path).is_dir(),
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in .csv; rename it")
     ask(cfg.model_path or not cfg.eval_only,
         "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH")
     ask(cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
         f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size}: expected at most the window TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
+    ask(cfg.ttt_stream_chunk <= cfg.ttt_eval_seq_len,
+        f"TTT_STREAM_CHUNK={cfg.ttt_stream_chunk}: expected at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
     ask(cfg.model_dim % (2 * cfg.num_heads) == 0,
         f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, an even dim for each of NUM_HEADS")
     ask(cfg.num_heads % cfg.num_kv_heads == 0,
@@ -217,7 +217,8 @@ def check_config(cfg: Config, world: int) -> None:
         f"MODEL_DIM, NUM_LAYERS, MLP_MULT: found a model of {count_parameters(cfg)} parameters, expected at most 1e9")
     ask(cfg.eval_only or cfg.train_batch_tokens % unit == 0,
         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
-        f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is {nearest}")
+        f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is"
+        f" {max(unit, round(cfg.train_batch_tokens / unit) * unit)}")
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
 @dataclass
@@ -235,6 +236,8 @@ class Runtime:
     heard: int = 0  # the signal that asked this rank to stop; 0: none did
     heard_at: float = math.inf  # seconds of the monotonic clock
     signal: int = 0  # what some rank has heard, and all have agreed on
+    muted: bool = False  # whether lines of the log have been lost
+    patience: float = 0.0  # seconds that this rank waits for the others
 
     @classmethod
     def create(cls, cfg: Config, env: Mapping[str, str]) -> Runtime:
@@ -244,7 +247,7 @@ class Runtime:
         sound = all(map(str.isdecimal, given)) and int(given[0]) < max(int(given[1]), 1)
         require(sound, f"{found}: expected whole numbers, the rank below the world size, as torchrun sets them")
         rank, world, local, here = map(int, given)
-        rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1)
+        rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1, patience=cfg.rank_timeout_seconds)
         if cfg.device == "cuda":
             if (needed := here or 1) > (gpus := torch.cuda.device_count()):
                 raise AgreedError(f"DEVICE=cuda: {needed} ranks on this machine, found {gpus} GPUs; start fewer ranks")
@@ -264,7 +267,7 @@ class Runtime:
             backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
             try:
                 # A store of its own for each attempt of torchrun, else it meets the addresses of the dead.
-                wait, attempt = timedelta(seconds=cfg.rank_timeout_seconds), env.get("TORCHELASTIC_RESTART_COUNT", "0")
+                wait, attempt = timedelta(seconds=rt.patience), env.get("TORCHELASTIC_RESTART_COUNT", "0")
                 rt.store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=wait))[0])
                 dist.init_process_group(backend, store=rt.store, rank=rank, world_size=world, timeout=wait)
             except (ValueError, RuntimeError) as error:
@@ -316,34 +319,53 @@ class Runtime:
             for meant in difflib.get_close_matches(name, ours, 1, 0.85):
                 self.log(f"warning: {name} is no setting of this script; {meant} is")
 
-    def hear(self, number: int, _: Any = None) -> None:
-        """A signal handler: the first one asks the run to stop at the next good moment, a second one ends it."""
-        if time.monotonic() - self.heard_at > 0.5:  # torchrun repeats at once what a terminal sends to all
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.heard, self.heard_at = number, min(self.heard_at, time.monotonic())
+    def listen(self) -> None:
+        """Begin to hear SIGTERM and SIGINT, in a thread: Python's handlers wait for what the main one is calling."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # only what has a handler goes through the pipe
+        threading.Thread(target=self.hear, args=(reader,), daemon=True).start()
 
-    def lost_ranks(self) -> str:
-        """After a signal, on rank 0: the ranks that do not say within 5 seconds that they have heard it, in words."""
-        self.store.set(f"stopped {self.rank}", "")
-        missing, end = [rank for rank in range(self.world) if self.rank == 0], time.monotonic() + 5
-        while missing and time.monotonic() < end:
-            missing = [rank for rank in missing if not self.store.check([f"stopped {rank}"])]
-            time.sleep(0.1)
-        return f"rank {', '.join(map(str, missing))} has gone without a word: " if missing else ""
+    def hear(self, pipe: int) -> None:
+        """The first signal asks the run to stop at the next good moment, a second one ends the process."""
+        while number := os.read(pipe, 1)[0]:
+            if time.monotonic() - self.heard_at > 0.5:  # torchrun repeats at once what a terminal sends to all
+                ctypes.CDLL(None).signal(number, 0)  # the default action, which signal.signal sets in no thread
+                os.kill(os.getpid(), number)
+            self.heard, self.heard_at = number, min(self.heard_at, time.monotonic())
+
+    def lost_ranks(self, wait: bool) -> str:
+        """Tell the others that this rank ends; those that do not tell within 10 seconds, if it can `wait`, in words."""
+        missing, end = [rank for rank in range(self.world) if wait and rank != self.rank], time.monotonic() + 10
+        with contextlib.suppress(RuntimeError):  # the store may be gone, too
+            self.store.set(f"ended {self.rank}", "")
+            while missing and time.monotonic() < end:
+                missing = [rank for rank in missing if not self.store.check([f"ended {rank}"])]
+                time.sleep(0.1)
+        return f"no word from rank {', '.join(map(str, missing))}: " if missing else ""
 
     def log(self, text: str, console: bool = True) -> None:
         """Write to the log file and, unless told otherwise, to standard output, where only rank 0 speaks."""
         if self.log_path and not (console and self.rank):
+            text += self.suffix * console + "\n"
             if console:
-                text += self.suffix
-                with tqdm.external_write_mode():  # lifts a running progress bar out of the way
-                    print(text, flush=True)
-            try:
-                with self.log_path.open("a", encoding="utf-8") as file:
-                    file.write(text + "\n")
-            except OSError as error:
-                raise OSError(error.errno, f"{self.log_path}: {error.strerror}") from None
+                with self.surviving("standard output"), tqdm.external_write_mode():  # lifts a bar out of the way
+                    print(text, end="", flush=True)
+            with self.surviving(self.log_path, fatal=not console), self.log_path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    @contextlib.contextmanager
+    def surviving(self, what: str | Path, fatal: bool = False) -> Iterator[None]:
+        """Where a log line is written: a full disk or a reader that has gone ends no run, but a log needs its head."""
+        try:
+            yield
+        except OSError as error:
+            require(not fatal, f"{what}: {error.strerror}; make room, or choose another OUT_DIR")
+            if not self.muted:
+                print(f"warning: {what}: {error.strerror}; the run goes on, its log has gaps", file=sys.stderr)
+            self.muted = True
 
     def write(self, path: Path, data: bytes | memoryview) -> None:
         """Put `data` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
@@ -361,9 +383,14 @@ class Runtime:
             temporary.unlink(missing_ok=True)
 
     def save(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Write tensors and plain values, atomically; `load_state` reads them."""
+        """Write tensors and plain values for `load_state`. A full disk stops nothing but what a signal is stopping."""
         torch.save(state, buffer := io.BytesIO())
-        self.write(path, buffer.getbuffer())
+        try:
+            self.write(path, buffer.getbuffer())
+        except OSError as error:
+            if self.heard:
+                raise
+            self.log(f"warning: the run goes on without this save: {error}")
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, on all of them."""
@@ -402,6 +429,11 @@ class Runtime:
         """The array on the device, without waiting for the copy where the device can overlap it."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Copy what rank 0 has in these tensors into those of the other ranks."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def from_rank0(self, value: float) -> float:
         """Rank 0's `value`, not negative, on every rank: replicas that read their own clocks would drift apart."""
@@ -462,6 +494,15 @@ def read_file(path: str | Path) -> bytes:
     require(Path(path).is_file(), f"{path}: found {found}, expected a file")
     return Path(path).read_bytes()
 
+@contextlib.contextmanager
+def refusing(path: str | Path, expected: str) -> Iterator[None]:
+    """Whatever goes wrong with the file at `path`, which may be damaged or a stranger's, becomes a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        found = str(error) if isinstance(error, UserError) else f"{error!r:.300}"
+        raise UserError(f"{path}: unusable ({found}); expected {expected}") from None
+
 def unpack(blob: bytes) -> Any:
     """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make.
 
@@ -471,7 +512,9 @@ def unpack(blob: bytes) -> Any:
     entries = (archive := zipfile.ZipFile(io.BytesIO(blob))).infolist()
     pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
     plain = blob[:4] == b"PK\3\4" and not any(entry.compress_type for entry in entries)
-    require(plain and len(pickles) == 1 and pickles[0].file_size <= 2**20, "not laid out as torch.save does")
+    apart = len({entry.filename for entry in entries}) == len(entries) <= 2**15  # one entry may be listed often
+    small = sum(entry.file_size for entry in entries) <= len(blob) and len(pickles) == 1
+    require(plain and apart and small and pickles[0].file_size <= 2**20, "not laid out as torch.save does")
     names, before = set(), ""
     for op, value, _ in pickletools.genops(archive.read(pickles[0])):
         known = value in PICKLED if op.name == "GLOBAL" else value == 2 if op.name == "PROTO" else True
@@ -488,10 +531,8 @@ def unpack(blob: bytes) -> Any:
 
 def load_state(path: Path) -> dict[str, Any]:
     """What `Runtime.save` wrote. `UserError` where the file is damaged or something else."""
-    try:
+    with refusing(path, "a checkpoint of this script"):
         return unpack(read_file(path))
-    except Exception as error:  # whatever the file system, zipfile and torch.load find wrong
-        raise UserError(f"{path}: unusable ({error!r:.160}); expected a checkpoint of this script") from None
 
 def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
     """The checkpoints of a run, or of any, in OUT_DIR, the newest first."""
@@ -501,15 +542,14 @@ def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
 # ==== Byte metric: the UTF-8 bytes that a token stands for ===========================================================
 def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
     """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
-    found = "no usable file"
-    with contextlib.suppress(UserError, OSError, RuntimeError):
+    expected = f"the SentencePiece .model that made the shards, with BOS and the model's {vocab_size} pieces"
+    with refusing(f"TOKENIZER_PATH={path}", f"{expected}; correct the path or VOCAB_SIZE"):
         require(proto := read_file(path), "an empty file")
         tokenizer = SentencePieceProcessor(model_proto=proto)
-        if tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0:
-            return tokenizer
-        found = f"{tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
-    expected = f"the SentencePiece .model that made the shards, with BOS and the model's {vocab_size} pieces"
-    raise UserError(f"TOKENIZER_PATH={path}: found {found}; expected {expected}; correct the path or VOCAB_SIZE")
+        found = f"found {tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
+        require(tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0, found)
+        tokenizer.id_to_piece(list(range(vocab_size)))  # every one is text
+        return tokenizer
 
 @dataclass(frozen=True)
 class ByteTable:
@@ -851,7 +891,7 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`."""
-    try:  # it may be a stranger's: it is never executed, and memory and time are bounded by its size
+    with refusing(path, "an artifact (.ptz) or state dict (.pt)"):  # never executed, bounded by its size
         blob, packed = read_file(path), str(path).endswith(".ptz")
         if packed:
             inflater, most = zlib.decompressobj(), max(2**26, 16 * len(blob))
@@ -865,13 +905,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         for name, tensor in state.items():
             sound = isinstance(name, str) and tensor.dtype in FLOATS.values() and tensor.isfinite().all()
             require(sound, f"{name!r:.80} does not name finite floats")
-    except Exception as error:  # whatever the file system, zlib and torch.load find wrong with a stranger's file
-        raise UserError(f"{path}: unusable ({error!r:.200}); expected an artifact (.ptz) or state dict (.pt)") from None
     return state
 
 def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> Config:
     """`cfg` with the model shape of the weights in file `path`. `UserError` if they are not this GPT's."""
-    try:
+    with refusing(path, "the weights of this model, with its tensor names"):
         (vocab_size, dim), heads = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
         cfg = replace(cfg, vocab_size=vocab_size, model_dim=dim, mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
                       num_heads=heads, num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
@@ -881,8 +919,6 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
         # Before the model is built: a few hundred bytes can claim to be of any shape.
         found = f"{cfg.num_layers} layers, {held} numbers where a model of its shape has {needed}"
         require(needed <= 2 * held and cfg.num_layers <= 1000, found)
-    except (KeyError, ValueError, ZeroDivisionError, TypeError) as error:
-        raise UserError(f"{path}: not the weights of this model ({error!r:.160}); expected its tensor names") from None
     return cfg
 
 def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -1199,35 +1235,44 @@ class Progress:
     def recall(self, ledger: Tensor, starts: np.ndarray, predictions: np.ndarray) -> np.ndarray:
         """Enter what is known into rank 0's ledger. Returns the documents that are left to score, on every rank."""
         for path in self.files() if self.rt.rank == 0 else ():
-            with contextlib.suppress(UserError):  # a damaged file: what it held is scored again
+            try:
                 part = load_state(path)
-                ledger[:, part["at"].to(ledger.device)] = part["entries"].to(ledger.device)
-                self.earlier += part["seconds"]
+                at, entries, seconds = part["at"], part["entries"].to(ledger.device), float(part["seconds"])
+                require(entries.isfinite().all() and (entries[1] == 1).all(), "its scores are impossible")
+                ledger[:, at.to(ledger.device)] = entries
+                self.earlier += seconds
+            except Exception as error:  # what a damaged file held is scored again
+                self.rt.log(f"warning: skipped {path}: {error!r:.300}")
         self.earlier = self.rt.from_rank0(self.earlier)
         self.owner, self.offset = np.repeat(np.arange(len(starts)), predictions), int(starts[0])  # of each position
         times = self.rt.sum(ledger[1].clone())[self.offset :][: len(self.owner)].cpu().numpy()
         self.done = np.zeros(len(starts), dtype=bool)
         return np.flatnonzero(np.bincount(self.owner, times, len(starts)) < predictions)
 
+    def keep(self, ledger: Tensor) -> None:
+        """Write what is finished. `UserError` where a signal came."""
+        at, now = torch.from_numpy(np.flatnonzero(self.done[self.owner]) + self.offset), self.rt.seconds()
+        entries, seconds = ledger[:, at.to(ledger.device)].cpu(), 0.0 if self.rt.rank else now - self.began
+        self.rt.save(self.path, {"at": at, "entries": entries, "seconds": seconds})
+        self.due = now + max(5.0, 50 * (self.rt.seconds() - now))  # so that it takes a fiftieth of the time at most
+        require(not self.rt.heard, f"what is finished is kept in {self.stem.parent}")
+
     def turn(self, ledger: Tensor, finished: np.ndarray) -> bool:
-        """After each turn: keep what is `finished` now and then. Whether to go on; `UserError` where a signal came."""
+        """After each turn: keep what is `finished` now and then. Returns whether there is time for one more."""
         self.done[finished], self.turns, now = True, self.turns + 1, self.rt.seconds(wait=self.limit > 0)
-        over = 0 < self.limit < self.earlier + (now - self.began) * (1 + 1 / self.turns)  # with one turn more
+        over = 0 < self.limit < self.earlier + (now - self.began) * (1 + 1 / self.turns)
         if now > self.due or over or self.rt.heard:
-            at = torch.from_numpy(np.flatnonzero(self.done[self.owner]) + self.offset)
-            seconds = 0.0 if self.rt.rank else now - self.began
-            try:
-                entries = ledger[:, at.to(ledger.device)].cpu()
-                self.rt.save(self.path, {"at": at, "entries": entries, "seconds": seconds})
-            except OSError as error:
-                if self.rt.heard:
-                    raise
-                self.rt.log(f"warning: what is finished is not kept, the evaluation goes on: {error}")
-            cost = self.rt.seconds() - now
-            self.due = now + max(5.0, 50 * cost)  # so that it takes a fiftieth of the time at most
-        if self.rt.heard:
-            raise UserError(f"what is finished is kept in {self.stem.parent}")
+            self.keep(ledger)
         return not over
+
+    def wait(self, ledger: Tensor) -> None:
+        """For the other ranks, after the last turn: here signals are heard, as they are not inside a reduction."""
+        names, end = [f"{self.stem.name} {rank}" for rank in range(self.rt.world)], time.monotonic() + self.rt.patience
+        self.rt.store.set(names[self.rt.rank], "")
+        while not self.rt.store.check(names) and time.monotonic() < end:
+            if self.rt.heard:
+                self.keep(ledger)
+            time.sleep(0.02)
 
 def fill_ledger(
     model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
@@ -1266,11 +1311,11 @@ def fill_ledger(
                 bar.set_postfix_str(f"bpb:{bits / count:.4f}", refresh=False)
             if progress and not progress.turn(ledger, documents[left <= how.chunk]):
                 break
+    if progress and rt.world > 1:
+        progress.wait(ledger)
     return rt.sum(ledger), int(rt.sum(torch.tensor(computed, device=rt.device)).item())
 
-def evaluate(
-    model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
-) -> Score:
+def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Any = None) -> Score:
     """The score of the whole validation stream under one condition, the same on every rank."""
     ledger, computed = fill_ledger(model, docs, how, cfg, rt, progress)
     limited = progress is not None and progress.limit > 0
@@ -1431,24 +1476,30 @@ class Trainer:
         self.step, self.stream.position, self.fault = step, position, self.no_fault
 
     def save(self) -> None:
-        """Rank 0 writes a checkpoint and keeps the last two of this run. A full disk ends no training."""
+        """Rank 0 writes a checkpoint and keeps the last two of this run."""
         self.refuse_faults()
         self.saved_ms, counts = self.elapsed_ms, (self.step, self.elapsed_ms, self.stream.position)
         state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state(), "counts": counts}
-        try:
-            if self.rt.rank == 0:
-                self.rt.save(Path(self.cfg.out_dir, f"checkpoints/{self.rt.run_id}.step{self.step:09d}.pt"), state)
-                for old in find_checkpoints(self.cfg, self.rt.run_id)[2:]:
+        if self.rt.rank == 0:
+            path = Path(self.cfg.out_dir, f"checkpoints/{self.rt.run_id}.step{self.step:09d}.pt")
+            self.rt.save(path, state)
+            for old in [old for old in find_checkpoints(self.cfg, self.rt.run_id) if old != path][1:]:
+                with contextlib.suppress(OSError):
                     old.unlink()
-        except OSError as error:
-            if self.rt.signal:
-                raise
-            self.rt.log(f"warning: no checkpoint after step {self.step}, the training goes on: {error}")
 
     def resume(self) -> None:
-        """Go on from where RESUME says; `auto` passes over damaged files. `UserError` for what does not fit."""
+        """Go on from where RESUME says, on all ranks as rank 0 has read it. `AgreedError` for what does not fit."""
+        self.rt.together(lambda: self.rt.rank or self.read_checkpoint())
+        mine = self.step, self.elapsed_ms, self.stream.position, torch.get_rng_state()
+        self.step, self.elapsed_ms, self.stream.position, rng = self.rt.gather(mine)[0]
+        torch.set_rng_state(rng)
+        self.rt.spread(self.tensors().values())
+
+    def read_checkpoint(self) -> None:
+        """Take everything from the checkpoint that RESUME names; `auto` passes over damaged ones. `UserError`."""
         auto = self.cfg.resume == "auto"
-        for path in find_checkpoints(self.cfg) if auto else [Path(self.cfg.resume)]:
+        found = find_checkpoints(self.cfg, self.rt.run_id) or find_checkpoints(self.cfg)  # its own before another's
+        for path in found if auto else [Path(self.cfg.resume)]:
             try:
                 state = load_state(path)
                 break
@@ -1457,17 +1508,16 @@ class Trainer:
                 self.rt.log(f"warning: skipped {error}")
         else:
             return self.rt.log("resume: found no checkpoint; starting anew")
-        try:
-            (step, elapsed, position), theirs, mine = state["counts"], state["identity"], self.identity
+        with refusing(path, "the same settings and data; set them back, or leave out RESUME"):
+            theirs, mine = state["identity"], self.identity
             differ = sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name))
             found = ", ".join(f"{name}={theirs.get(name)!s:.64} (now {mine.get(name)!s:.64})" for name in differ)
             require(not differ, f"it was made under {found}")
             require(all(0 <= count <= 1e18 for count in state["counts"]), "its counts are impossible")
             copy_tensors(self.tensors(), state["tensors"], path)
             torch.set_rng_state(state["rng"])
+            step, elapsed, position = state["counts"]
             self.step, self.elapsed_ms, self.stream.position = int(step), float(elapsed), int(position)
-        except Exception as error:  # whatever a forged checkpoint leads to
-            raise UserError(f"{path} does not fit: {error!s:.900}; set it back, or leave out RESUME") from None
         self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
 
     def tick(self, now: float) -> None:
@@ -1550,7 +1600,8 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
             rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
-        key = sha256(repr((digest, code, hashes, how, cfg.seed, rt.dtype, cfg.max_val_docs)).encode()).hexdigest()
+        decisive = digest, code, hashes, how, cfg.seed, rt.dtype, rt.device.type, cfg.max_val_docs
+        key = sha256(repr(decisive).encode()).hexdigest()
         stem = Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}")
         kept.append(progress := Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
         score = scores[name] = evaluate(model, docs, how, cfg, rt, progress)
@@ -1573,7 +1624,7 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
         rt.together(lambda: write_scores(Path(cfg.out_dir, cfg.scores_path), scores, rt))
     if rt.rank == 0 and not any(score.missing for score in scores.values()):
         for path in (path for progress in kept for path in progress.files()):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
@@ -1591,7 +1642,7 @@ def run(cfg: Config, rt: Runtime) -> None:
     if not cfg.eval_only:
         trainer = Trainer(model, stream, cfg, rt, hashes)
         if cfg.resume:
-            rt.together(trainer.resume)
+            trainer.resume()
         train(trainer, lambda: evaluate(model, docs, flat, cfg, rt))
         trainer.save()
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
@@ -1606,21 +1657,21 @@ def main() -> int:
     try:
         cfg = read_config(os.environ)
         rt = Runtime.create(cfg, os.environ)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, rt.hear)
+        rt.listen()
         run(cfg, rt)
     except Exception as error:
         known, agreed, status = isinstance(error, (UserError, OSError)), isinstance(error, AgreedError), 1
-        line = str(UserError(error)) if known else f"{error!r:.160}"
-        line = f"error: {line}" if agreed or not rt or rt.world == 1 else f"error: rank {rt.rank}: {line}"
-        if number := rt and (rt.heard or rt.signal):  # torchrun sends SIGTERM, too, where another rank is gone
-            gone = rt.lost_ranks() if rt.world > 1 else ""
-            told = f"error: {gone}" if gone else f"stopped by {signal.Signals(number).name}: "
-            line = line.replace("error: ", told, 1)
+        line, number, gone = str(UserError(error)) if known else f"{error!r:.300}", rt and (rt.heard or rt.signal), ""
+        if rt and rt.world > 1:
+            line = line if agreed else f"rank {rt.rank}: {line}"
+            # torchrun sends SIGTERM, too, where another rank is gone; and a broken connection does not say whose.
+            gone = rt.lost_ranks(wait=bool(number) or isinstance(error, RuntimeError))
+        if number or gone:
             line, status = f"{line}; go on with RESUME=auto and the same settings", 1 if gone else 75
-        if os.environ.get("RANK", "0") == "0" or not agreed:
+        line = f"stopped by {signal.Signals(number).name}: {line}" if status == 75 else f"error: {gone}{line}"
+        if os.environ.get("LOCAL_RANK" if rt is None else "RANK", "0") == "0" or not agreed:
             print(line, file=sys.stderr, flush=True)
-            with contextlib.suppress(AttributeError, OSError):  # no log yet; a full disk takes no last line
+            with contextlib.suppress(AttributeError, OSError, UserError):  # no log yet; a full disk takes no last line
                 rt.log(line, console=False)
         if not known and not number:
             traceback.print_exc()

@@ -163,5 +163,5 @@ def test_weights_that_do_not_fit_are_named(rt):
             tg.copy_tensors(model.state_dict(), good | change, "file.pt")
     with pytest.raises(tg.UserError, match="skip_weights: found no such tensor"):
         tg.copy_tensors(model.state_dict(), {n: t for n, t in good.items() if n != "skip_weights"}, "file.pt")
-    with pytest.raises(tg.UserError, match="not the weights of this model"):
+    with pytest.raises(tg.UserError, match="expected the weights of this model"):
         tg.shape_from_weights({"w": torch.ones(2)}, cfg, "file.pt")

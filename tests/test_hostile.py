@@ -108,7 +108,7 @@ def assert_refused(path):
     with pytest.raises(tg.UserError) as refused:
         use(path)
     assert_one_line(refused.value)
-    assert str(refused.value).startswith((f"{path}: ", f"{path} does not fit: "))
+    assert str(refused.value).startswith(f"{path}: ")
 
 
 def not_refused(paths):
@@ -809,7 +809,7 @@ HOSTILE_WEIGHTS = {
 }
 HOSTILE_CHECKPOINTS = {  # what is changed, and what is said
     "code": (lambda s: s | {"rng": Call(os.system, "touch executed")}, ": unusable ("),
-    "other settings": (put("identity", "SEED", BREAKS), " does not fit: it was made under SEED=a?error: b??[2Jc (now "),
+    "other settings": (put("identity", "SEED", BREAKS), ": unusable (it was made under SEED=a?error: b??[2Jc (now "),
     "not finite": (put("tensors", "Adam.0.exp_avg", lambda t: t * NAN), "is not finite"),
 }
 SETTINGS = {
