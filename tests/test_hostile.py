@@ -499,8 +499,20 @@ def bombs():
     form = {part: {} for part in ("quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")}
     yield "doubled-format", zipped(form | {"__quant_format__": doubled(40)})
     yield "ten-thousand-layers", saved(claimed_layers(10_000))
+    yield "one-entry-listed-often", listed_often(saved({"w": torch.ones(10**6)}), 4000)
+    nothing = {f"archive/{i}": b"" for i in range(10**5)}
+    yield "empty-entries", rezipped(saved({"w": torch.ones(3)}), lambda entries: entries | nothing)
     rows = torch.ones(1).expand(2**20)
     yield "repeated", saved({f"w{i}": rows for i in range(1000)} | {EMB: torch.ones(1).expand(20_000, 20_000)})
+
+
+def listed_often(blob, times):
+    """The zip file `blob` with every line of its table of contents there so many times."""
+    end = blob.rindex(b"PK\5\6")
+    count, size, start = struct.unpack_from("<HII", blob, end + 10)
+    table = blob[start : start + size] * times
+    counts = struct.pack("<HHII", *(min(count * times, 65535),) * 2, len(table), start)
+    return blob[:start] + table + blob[end : end + 8] + counts + blob[end + 20 :]
 
 
 def claimed_layers(count, vocab_size=4):
