@@ -1589,8 +1589,9 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
 def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
     scores, rungs, kept = {}, ladder(docs, cfg, rt), []
-    rt.together(lambda: copy_tensors(model.state_dict(), read_weights(path), path))
-    artifact, code = path.read_bytes(), source_code().encode()
+    rt.together(lambda: rt.rank or copy_tensors(model.state_dict(), read_weights(path), path))
+    rt.spread(model.state_dict().values())  # only rank 0 needs to see OUT_DIR
+    artifact, code = rt.gather(None if rt.rank else path.read_bytes())[0], source_code().encode()
     headroom, digest = SUBMISSION_BUDGET - len(artifact) - len(code), sha256(artifact).hexdigest()
     rt.log(f"sha256 artifact:{digest} {path.name}")
     verdict = "PASS" if headroom >= 0 else "FAIL"
