@@ -98,7 +98,7 @@ class Config:
     data_path: str = _opt("./data/datasets/fineweb10B_sp1024", "folder of shards")
     tokenizer_path: str = _opt("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     out_dir: str = _opt(".", "folder for everything the run writes")
-    run_id: str = _opt("", "name of log and checkpoints; if empty, that of the checkpoint, or a uuid4")
+    run_id: str = _opt("", "name of log and checkpoints; if empty, that of the checkpoint that auto finds, or a uuid4")
     scores_path: str = _opt("", "in OUT_DIR: a .csv with the scores of every chunk; none if empty")
     resume: str = _opt("", "auto: go on from the newest checkpoint in OUT_DIR, if any; or the path of one")
     checkpoint_every: int = _opt(0, "steps between checkpoints; 0: none", 0)
