@@ -12,8 +12,7 @@ lines are checks that stop the run when they fail. In reading order, each band l
 runtime, byte metric, data, model, optimizers, artifact, adapters, evaluation, audits, training, main.
 
 Shapes: B rows (sequences or documents), T tokens of input, S scored positions, D model dim, H heads, N head dim,
-R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats.
-"""
+R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats."""
 
 from __future__ import annotations
 
@@ -68,7 +67,6 @@ PRESETS: dict[str, dict[str, Any]] = {"baseline": {}, "cpu": dict(
 
 class UserError(ValueError):
     """Something a user can put right: shown as one line, without a traceback, with exit status 1."""
-
     def __str__(self) -> str:  # what a stranger's file says must not reach a terminal as it is
         return "".join(c if c.isprintable() else "?" for c in super().__str__())[:1500]
 
@@ -87,7 +85,6 @@ def _opt(default: Any, unit: str, least: float = -1e18, most: float = 1e18, choi
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, with the published record's defaults; its variable is its name in capitals."""
-
     # What to run, and where
     preset: str = _opt("auto", "baseline with CUDA, cpu elsewhere", choices=("auto", "baseline", "cpu"))
     device: str = _opt("auto", "cuda where there is one", choices=("auto", "cpu", "cuda"))
@@ -224,7 +221,6 @@ def check_config(cfg: Config, world: int) -> None:
 @dataclass
 class Runtime:
     """Device, precision, rank, world, reductions and logging of this process. The rest of the file never asks."""
-
     device: torch.device
     dtype: torch.dtype  # of matrix products and attention
     rank: int = 0
@@ -507,8 +503,7 @@ def unpack(blob: bytes) -> Any:
     """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make.
 
     Time and memory are bounded by the size of the file: torch reads a copy of the entries that were looked at, whose
-    pickle names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything).
-    """
+    pickle names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything)."""
     entries = (archive := zipfile.ZipFile(io.BytesIO(blob))).infolist()
     pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
     plain = blob[:4] == b"PK\3\4" and not any(entry.compress_type for entry in entries)
@@ -554,7 +549,6 @@ def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
 @dataclass(frozen=True)
 class ByteTable:
     """UTF-8 bytes that a target token stands for: those of its piece's text, in which every `▁` is a space."""
-
     base: np.ndarray  # (V,) int64, bytes without a leading space; byte-fallback pieces: 1
     leading_space: np.ndarray  # (V,) bool; it counts only after a token that itself stands for text
     is_text: np.ndarray  # (V,) bool, false for control, unknown and unused pieces, which stand for 0 bytes
@@ -620,7 +614,6 @@ class TokenStream:
 @dataclass(frozen=True)
 class Documents:
     """The validation stream on the device, and its documents in stream order. Position p predicts token p + 1."""
-
     tokens: Tensor  # (n,) int32
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
     starts: np.ndarray  # (docs,) int64, the position of each document's BOS, the first that it owns
@@ -935,7 +928,6 @@ def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: s
 @dataclass(frozen=True)
 class Condition:
     """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side."""
-
     chunk: int
     window: int
     batch: int
@@ -968,9 +960,7 @@ class DocumentAdapters:
     The document in a seat is one row of `flat` (seats, P), so that one update serves all. Every one starts from the
     same seeded values, A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, so that no score depends on neighbours. The
     rate falls with the number t of tokens learned from as (1 + t/1000)^-decay: what a document is like is learned
-    early, and a constant rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685.
-    """
-
+    early, and a constant rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685."""
     def __init__(self, model: GPT, how: Condition, seats: int, seed: int, rt: Runtime) -> None:
         named = dict(model.named_parameters()) | {"lm_head.weight": (model.lm_head or model.tok_emb).weight}
         named = {name.removesuffix(".weight"): matrix for name, matrix in named.items()}
@@ -1033,7 +1023,6 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
 @dataclass(frozen=True)
 class Score:
     """Cross-entropy of scored tokens, in columns with one entry for each piece of a document that has any."""
-
     columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
     missing: int = 0  # positions that the time did not suffice for
     computed: int = 0  # positions that went through the model; `Condition.work` says how many had to
@@ -1044,8 +1033,7 @@ class Score:
 
         Also the audit of coverage: `AgreedError` unless what `how` covers was scored exactly once, nothing else was,
         and every loss is finite. Rows are pieces of `size` positions, the same under every condition, so that they can
-        be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing.
-        """
+        be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing."""
         losses, times = ledger.cpu().numpy()
         starts, predictions = how.spans(docs)
         due = np.zeros_like(times)
@@ -1110,9 +1098,7 @@ class Memory:
     They stay as they were when their chunk was scored, without gradients. Time counts from the start of the evaluation,
     rotary positions from that of the document, so that no rounding depends on who sat there before. A stream that
     learns nothing equals one pass over each document under a banded mask, which is more than windows give: text older
-    than W reaches a token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
-    """
-
+    than W reaches a token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860."""
     def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
         attn, self.how, self.now, self.base = model.blocks[0].attn, how, 0, model.rope_base
         self.heads, self.dim = len(attn.q_gain), model.blocks[0].head_dim
@@ -1170,8 +1156,7 @@ def score_then_learn(
     """Losses (B, S) of a chunk under the adapters as they are; only then, if `learn`, one step on those same tokens.
 
     This order is the law of the game, and this is the only place that learns: the score of a token must come from a
-    state that has never seen it. `rows` are the seats of the batch: all the first ones, as a slice, or those listed.
-    """
+    state that has never seen it. `rows` are the seats of the batch: all the first ones, as a slice, or those listed."""
     ids, targets, at, _, live = chunk
     with torch.set_grad_enabled(learn):
         flat = adapters.flat[rows].detach().requires_grad_(learn) if adapters else None
@@ -1188,8 +1173,7 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
     """(document, number of its chunk) for each seat still taken, turn after turn; the seats taken are the first ones.
 
     Every seat gets its `documents` in advance, the longest to the one that is free first: nobody waits for the longest
-    of all, and what a seat owns never has to move.
-    """
+    of all, and what a seat owns never has to move."""
     lanes = [documents[share] for share in share_documents(chunks[documents], seats)]
     lanes = sorted((np.repeat(lane, chunks[lane]) for lane in lanes), key=len, reverse=True)
     plan, done = np.full((max(map(len, lanes), default=0), seats), -1), np.zeros_like(chunks)
@@ -1207,8 +1191,7 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
     """Rows whose windows run together, whether they are learned from, and the length that they are filled up to.
 
     A document's last chunk teaches nobody. A length never depends on the other documents, since rounding does on it. A
-    stream is one group, in which a last chunk may be learned from, too; what it taught is forgotten unheard.
-    """
+    stream is one group, in which a last chunk may be learned from, too; what it taught is forgotten unheard."""
     inputs = np.minimum(places + np.minimum(left, how.chunk), how.window)
     more = (left > how.chunk) & bool(how.targets)
     lengths = np.where(more, inputs, np.minimum(LENGTHS[np.searchsorted(LENGTHS, inputs)], how.window))
@@ -1221,9 +1204,7 @@ class Progress:
     """Documents that an evaluation has finished, on disk for the next attempt; and its seconds, which may be limited.
 
     Every rank of every attempt writes a file of its own, and rank 0 reads them all. Their names begin with `stem`,
-    which holds a hash of all that decides the scores: a file that is found fits.
-    """
-
+    which holds a hash of all that decides the scores: a file that is found fits."""
     def __init__(self, stem: Path, limit: float, rt: Runtime) -> None:
         self.stem, self.limit, self.rt, self.earlier, self.turns, self.began = stem, limit, rt, 0.0, 0, rt.seconds()
         self.path, self.due = stem.with_name(f"{stem.name}.{time.time_ns()}.{rt.rank}.part"), self.began + 5
@@ -1281,8 +1262,7 @@ def fill_ledger(
 
     With targets, each document owns adapters that take one Adam step after each chunk that another one follows.
     Documents, but those that `progress` knows, are shared over the ranks by work, and run side by side as `plan_seats`
-    has it. Returns the `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
-    """
+    has it. Returns the `ledger` of `Score.tally` and how many positions were computed, the same on every rank."""
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
     ledger, computed = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
@@ -1355,8 +1335,7 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
     What precedes a cut must score the same to the last bit (on GPUs, within `Runtime.noise`), else `UserError`: it saw
     a later token or another document. The first document, two chunks longer than a window, has the random one beside
     it; the third, of two chunks, meets what both left behind. Cuts fall inside the last chunk that is learned from, so
-    that learning before scoring shows (unless chunks are single tokens). Returns what every rank compared by itself.
-    """
+    that learning before scoring shows (unless chunks are single tokens). Returns what every rank compared by itself."""
     picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3)
     long = how.window // how.chunk + 2
     predictions = np.minimum(docs.predictions[picks], np.array([long, long, 2]) * how.chunk)
@@ -1407,7 +1386,6 @@ class Trainer:
 
     A checkpoint holds all of it, and `identity`: the settings and hashes that a training must share to go on from it.
     """
-
     def __init__(self, model: GPT, stream: TokenStream, cfg: Config, rt: Runtime, hashes: Mapping[str, str]) -> None:
         self.model, self.forward, self.stream, self.cfg, self.rt = model, model, stream, cfg, rt
         self.step, self.elapsed_ms, self.mark, self.saved_ms = 0, 0.0, 0.0, 0.0
