@@ -492,10 +492,9 @@ def refusing(path: str | Path, expected: str) -> Iterator[None]:
         raise UserError(f"{path}: unusable ({found}); expected {expected}") from None
 
 def unpack(blob: bytes) -> Any:
-    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make.
-
-    Time and memory are bounded by the size of the file: torch reads a copy of the entries that were looked at, whose
-    pickle names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything)."""
+    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make. Time
+    and memory are bounded by the size of the file: torch reads a copy of the entries that were looked at, whose pickle
+    names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything)."""
     entries = (archive := zipfile.ZipFile(io.BytesIO(blob))).infolist()
     pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
     plain = blob[:4] == b"PK\3\4" and not any(entry.compress_type for entry in entries)
@@ -946,12 +945,11 @@ class Condition:
         return predictions if self.stream else inputs
 
 class DocumentAdapters:
-    """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says.
-
-    The document in a seat is one row of `flat` (seats, P), so that one update serves all. Every one starts from the
-    same seeded values, A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, so that no score depends on neighbours. The
-    rate falls with the number t of tokens learned from as (1 + t/1000)^-decay: what a document is like is learned
-    early, and a constant rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685."""
+    """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says. The document in
+    a seat is one row of `flat` (seats, P), so that one update serves all. Every one starts from the same seeded values,
+    A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, so that no score depends on neighbours. The rate falls with the
+    number t of tokens learned from as (1 + t/1000)^-decay: what a document is like is learned early, and a constant
+    rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685."""
     def __init__(self, model: GPT, how: Condition, seats: int, seed: int, rt: Runtime) -> None:
         named = dict(model.named_parameters()) | {"lm_head.weight": (model.lm_head or model.tok_emb).weight}
         layers = {part: p for name, p in named.items() if (part := name.removesuffix(".weight")).endswith(how.targets)}
@@ -1028,7 +1026,6 @@ class Score:
     @classmethod
     def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, limited: bool = False) -> Score:
         """From all ranks' `ledger` (2, n - 1): for each position of the stream, its loss and how often it was scored.
-
         Also the audit of coverage: `AgreedError` unless what `how` covers was scored exactly once, nothing else was,
         and every loss is finite. Rows are pieces of `size` positions, the same under every condition, so that they can
         be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing."""
@@ -1070,12 +1067,11 @@ def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
     return [np.array(share, dtype=np.int64) for share in shares]
 
 class Memory:
-    """Keys and values of the last W tokens of documents side by side, in every layer.
-
-    They stay as they were when their chunk was scored, without gradients. Time counts from the start of the evaluation,
-    rotary positions from that of the document, so that no rounding depends on who sat there before. A stream that
-    learns nothing equals one pass over each document under a banded mask, which is more than windows give: text older
-    than W reaches a token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860."""
+    """Keys and values of the last W tokens of documents side by side, in every layer. They stay as they were when their
+    chunk was scored, without gradients. Time counts from the start of the evaluation, rotary positions from that of the
+    document, so that no rounding depends on who sat there before. A stream that learns nothing equals one pass over
+    each document under a banded mask, which is more than windows give: text older than W reaches a token through the
+    layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860."""
     def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
         attn, self.how, self.now, self.base = model.blocks[0].attn, how, 0, model.rope_base
         self.heads, self.dim = len(attn.q_gain), model.blocks[0].head_dim
@@ -1113,7 +1109,6 @@ class Memory:
 def gather_chunk(tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, length: int, how: Condition,
                  rt: Runtime) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(ids (B, T), targets (B, S), where in the window they are predicted, where in the stream, whether they exist).
-
     Chunks of C predictions, or all that are `left`, begin `places` tokens into the documents at `starts`. Inputs are
     [max(0, end - W), end) before the chunk's end or, if streaming, the chunk; beyond, a last token that nobody sees."""
     ends = places + np.minimum(left, how.chunk)
@@ -1128,7 +1123,6 @@ def gather_chunk(tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: n
 def score_then_learn(model: GPT, chunk: tuple, rows: Tensor | slice, adapters: DocumentAdapters | None,
                      memory: Memory | None, learn: bool) -> Tensor:  # fmt: skip
     """Losses (B, S) of a chunk under the adapters as they are; only then, if `learn`, one step on those same tokens.
-
     This order is the law of the game, and this is the only place that learns: the score of a token must come from a
     state that has never seen it. `rows` are the seats of the batch: all the first ones, as a slice, or those listed."""
     ids, targets, at, _, live = chunk
@@ -1144,7 +1138,6 @@ def score_then_learn(model: GPT, chunk: tuple, rows: Tensor | slice, adapters: D
 
 def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(document, number of its chunk) for each seat still taken, turn after turn; the seats taken are the first ones.
-
     Every seat gets its `documents` in advance, the longest to the one that is free first: nobody waits for the longest
     of all, and what a seat owns never has to move."""
     lanes, done = (documents[share] for share in share_documents(chunks[documents], seats)), np.zeros_like(chunks)
@@ -1158,9 +1151,8 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
 LENGTHS = np.unique(np.floor(1.05 ** np.arange(250)).astype(np.int64))
 
 def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool, int]]:
-    """Rows whose windows run together, whether they are learned from, and the length that they are filled up to.
-
-    A document's last chunk teaches nobody. A length never depends on the other documents, since rounding does on it. A
+    """Rows whose windows run together, whether they are learned from, and the length that they are filled up to. A
+    document's last chunk teaches nobody. A length never depends on the other documents, since rounding does on it. A
     stream is one group, in which a last chunk may be learned from, too; what it taught is forgotten unheard."""
     inputs = np.minimum(places + np.minimum(left, how.chunk), how.window)
     more = (left > how.chunk) & bool(how.targets)
@@ -1172,7 +1164,6 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
 
 class Progress:
     """Documents that an evaluation has finished, on disk for the next attempt; and its seconds, which may be limited.
-
     Every rank of every attempt writes a file of its own, and rank 0 reads them all. Their names begin with `stem`,
     which holds a hash of all that decides the scores: a file that is found fits."""
     def __init__(self, stem: Path, limit: float, rt: Runtime) -> None:
@@ -1222,11 +1213,10 @@ class Progress:
 
 def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime,
                 progress: Progress | None = None) -> tuple[Tensor, int]:  # fmt: skip
-    """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens.
-
-    With targets, each document owns adapters that take one Adam step after each chunk that another one follows.
-    Documents, but those that `progress` knows, are shared over the ranks by work, and run side by side as `plan_seats`
-    has it. Returns the `ledger` of `Score.tally` and how many positions were computed, the same on every rank."""
+    """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens. With targets,
+    each document owns adapters that take one Adam step after each chunk that another one follows. Documents, but those
+    that `progress` knows, are shared over the ranks by work, and run side by side as `plan_seats` has it. Returns the
+    `ledger` of `Score.tally` and how many positions were computed, the same on every rank."""
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
     ledger, computed = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
@@ -1292,7 +1282,6 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
 
 def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> str:
     """Score three documents twice; the second time all tokens of one and those after a cut in the others are random.
-
     What precedes a cut must score the same to the last bit (on GPUs, within `Runtime.noise`), else `UserError`: it saw
     a later token or another document. The first document, two chunks longer than a window, has the random one beside
     it; the third, of two chunks, meets what both left behind. Cuts fall inside the last chunk that is learned from, so
@@ -1342,10 +1331,8 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     return model if failure else forward
 
 class Trainer:
-    """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent.
-
-    A checkpoint holds all of it, and `identity`: the settings and hashes that a training must share to go on from it.
-    """
+    """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent. A
+    checkpoint holds all of it, and `identity`: the settings and hashes that a training must share to go on from it."""
     def __init__(self, model: GPT, stream: TokenStream, cfg: Config, rt: Runtime, hashes: Mapping[str, str]) -> None:
         self.model, self.forward, self.stream, self.cfg, self.rt = model, model, stream, cfg, rt
         self.step, self.elapsed_ms, self.mark, self.saved_ms = 0, 0.0, 0.0, 0.0
