@@ -179,9 +179,7 @@ def read_config(env: Mapping[str, str]) -> Config:
     world = _parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), _opt(1, "ranks", 1))
     alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
     steps = given.get("grad_accum_steps") or (alone // world if alone % world == 0 else 1)
-    cfg = Config(**PRESETS[preset] | given | dict(device=device, preset=preset, grad_accum_steps=steps))
-    check_config(cfg, world)
-    return cfg
+    return check(Config(**PRESETS[preset] | given | dict(device=device, preset=preset, grad_accum_steps=steps)), world)
 
 def count_parameters(cfg: Config) -> int:
     """Numbers in the model: embedding and head, skip weights, then matrices, vectors and gains of each block."""
@@ -189,16 +187,15 @@ def count_parameters(cfg: Config) -> int:
     block = dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_mult * dim + 4) + cfg.num_heads
     return dim * (cfg.vocab_size * (2 - cfg.tie_embeddings) + cfg.num_layers // 2) + cfg.num_layers * block
 
-def check_config(cfg: Config, world: int) -> None:
-    """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
+def check(cfg: Config, world: int) -> Config:
+    """The settings, unless they parse one by one but cannot work together (`AgreedError`)."""
     unit, scores = world * cfg.grad_accum_steps * cfg.train_seq_len, Path(cfg.out_dir, cfg.scores_path)
     name, ask = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}", functools.partial(require, kind=AgreedError)
     ask(re.fullmatch(f"({name})?", cfg.run_id),
         f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names files; rename it")
     ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not (cfg.scores_path and scores.is_dir()),
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in .csv; rename it")
-    ask(cfg.model_path or not cfg.eval_only,
-        "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH")
+    ask(cfg.model_path or not cfg.eval_only, "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score")
     for variable, chunk in (("TTT_CHUNK_SIZE", cfg.ttt_chunk_size), ("TTT_STREAM_CHUNK", cfg.ttt_stream_chunk)):
         most = cfg.ttt_eval_seq_len
         ask(chunk <= most, f"{variable}={chunk}: expected at most the window TTT_EVAL_SEQ_LEN={most}")
@@ -212,6 +209,7 @@ def check_config(cfg: Config, world: int) -> None:
         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
         f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is"
         f" {max(unit, round(cfg.train_batch_tokens / unit) * unit)}")
+    return cfg
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
 @dataclass
@@ -277,10 +275,9 @@ class Runtime:
         self.lock = self.log_path.open("a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
-        except OSError as error:
-            if isinstance(error, BlockingIOError):  # not a file system that cannot lock
-                line = f"RUN_ID={self.run_id}: found a run that is writing {self.log_path}, expected none"
-                raise UserError(f"{line}; choose another RUN_ID or OUT_DIR, or wait for its end") from None
+        except OSError as error:  # a file system that cannot lock stops nobody
+            line = f"RUN_ID={self.run_id}: a run is writing {self.log_path}; choose another RUN_ID or OUT_DIR, or wait"
+            require(not isinstance(error, BlockingIOError), line)
         if self.lock.tell():  # the log of an earlier run of that name gets a number
             names = (self.log_path.with_suffix(f".{number}.txt") for number in itertools.count(1))
             self.write(next(path for path in names if not path.exists()), self.log_path.read_bytes())
@@ -1029,8 +1026,7 @@ class Score:
         Also the audit of coverage: `AgreedError` unless what `how` covers was scored exactly once, nothing else was,
         and every loss is finite. Rows are pieces of `size` positions, the same under every condition, so that they can
         be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing."""
-        losses, times = ledger.cpu().numpy()
-        starts, predictions = how.spans(docs)
+        (losses, times), (starts, predictions) = ledger.cpu().numpy(), how.spans(docs)
         due = np.zeros_like(times)
         due[starts[0] : starts[-1] + predictions[-1]] = 1
         missing = (due > times) & limited
@@ -1102,8 +1098,7 @@ class Memory:
         keys, values = (torch.cat((old[: len(q)], new), 2) for old, new in zip(self.past[layer], (k, v), strict=True))
         self.past[layer] = tuple(every[:, :, -self.how.window :].detach() for every in (keys, values))
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        queries = (q * self.dim**-0.5).reshape(len(keys), -1, self.dim)
-        weights = torch.baddbmm(self.bias, queries, keys.mT).softmax(-1)
+        weights = torch.baddbmm(self.bias, (q * self.dim**-0.5).reshape(len(keys), -1, self.dim), keys.mT).softmax(-1)
         return torch.bmm(weights, values).view(q.shape)
 
 def gather_chunk(tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, length: int, how: Condition,
@@ -1303,9 +1298,8 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
     how = replace(how, batch=2, isolated=True)
     once, again = (fill_ledger(model, version, how, cfg, alone)[0][0][compared] for version in few)
     moved = (once - again).abs().max().item() if len(once) else 0.0
-    found = f"later tokens or other documents moved scores by up to {moved:g} nats"
-    line = f"audit causality: {found}; expected no change: this evaluation leaks, its score is void"
-    require(moved <= rt.noise, line)  # not a number is no agreement either
+    line = f"later tokens or other documents moved scores by up to {moved:g} nats, not 0: it leaks, its score is void"
+    require(moved <= rt.noise, f"audit causality: {line}")  # not a number is no agreement either
     return f"documents:{len(set(picks))} compared:{len(once)}"
 
 # ==== Training ========================================================================================================
@@ -1490,8 +1484,7 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
     """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes by file), or `UserError`."""
     weights = read_weights(cfg.model_path) if cfg.model_path else None
     if weights is not None:
-        cfg = shape_from_weights(weights, cfg, cfg.model_path)
-        check_config(cfg, rt.world)
+        cfg = check(shape_from_weights(weights, cfg, cfg.model_path), rt.world)
     train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
     val, tokenizer = open_shards(cfg.data_path, "fineweb_val_*.bin"), load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
     hashes = {"tokenizer": sha256(read_file(cfg.tokenizer_path)).hexdigest()}
