@@ -1127,7 +1127,7 @@ def score_then_learn(model: GPT, chunk: tuple, rows: Tensor | slice, adapters: D
             memory.turn(rows)
         losses = model(ids, targets, at, adapters.pairs(flat) if adapters else NO_LORA, memory)
         if learn:
-            mean_losses = (losses * live).sum(1) / live.sum(1)  # whose sum keeps documents apart in the gradient
+            mean_losses = (losses * live).sum(1) / live.sum(1)  # summed: no document's reaches another's row of `flat`
             adapters.adam(rows, torch.autograd.grad(mean_losses.sum(), flat)[0])
     return losses.detach()
 
