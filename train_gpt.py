@@ -196,9 +196,8 @@ def check(cfg: Config, world: int) -> Config:
     ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not (cfg.scores_path and scores.is_dir()),
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in .csv; rename it")
     ask(cfg.model_path or not cfg.eval_only, "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score")
-    for variable, chunk in (("TTT_CHUNK_SIZE", cfg.ttt_chunk_size), ("TTT_STREAM_CHUNK", cfg.ttt_stream_chunk)):
-        most = cfg.ttt_eval_seq_len
-        ask(chunk <= most, f"{variable}={chunk}: expected at most the window TTT_EVAL_SEQ_LEN={most}")
+    for key, chunk in (("TTT_CHUNK_SIZE", cfg.ttt_chunk_size), ("TTT_STREAM_CHUNK", cfg.ttt_stream_chunk)):
+        ask(chunk <= cfg.ttt_eval_seq_len, f"{key}={chunk}: expected at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
     ask(cfg.model_dim % (2 * cfg.num_heads) == 0,
         f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, an even dim for each of NUM_HEADS")
     ask(cfg.num_heads % cfg.num_kv_heads == 0,
