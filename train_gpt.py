@@ -12,8 +12,7 @@ lines are checks that stop the run when they fail. In reading order, each band l
 runtime, byte metric, data, model, optimizers, artifact, adapters, evaluation, audits, training, main.
 
 Shapes: B rows (sequences or documents), T tokens of input, S scored positions, D model dim, H heads, N head dim,
-R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats.
-"""
+R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats."""
 
 from __future__ import annotations
 
@@ -43,14 +42,13 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import sentencepiece
+import sentencepiece as spm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -63,12 +61,10 @@ PRESETS: dict[str, dict[str, Any]] = {"baseline": {}, "cpu": dict(
     model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096, grad_accum_steps=2,
     val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03, warmup_steps=1, warmdown_iters=500,
     muon_momentum_warmup_steps=60, val_loss_every=0, train_log_every=50, ttt_eval_seq_len=512, ttt_batch_size=16,
-    eval=("flat", "doc", "stride", "ttt", "stream"), checkpoint_seconds=30.0,
-)}  # fmt: skip
+    eval=("flat", "doc", "stride", "ttt", "stream"), checkpoint_seconds=30.0)}  # fmt: skip
 
 class UserError(ValueError):
     """Something a user can put right: shown as one line, without a traceback, with exit status 1."""
-
     def __str__(self) -> str:  # what a stranger's file says must not reach a terminal as it is
         return "".join(c if c.isprintable() else "?" for c in super().__str__())[:1500]
 
@@ -87,7 +83,6 @@ def _opt(default: Any, unit: str, least: float = -1e18, most: float = 1e18, choi
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, with the published record's defaults; its variable is its name in capitals."""
-
     # What to run, and where
     preset: str = _opt("auto", "baseline with CUDA, cpu elsewhere", choices=("auto", "baseline", "cpu"))
     device: str = _opt("auto", "cuda where there is one", choices=("auto", "cpu", "cuda"))
@@ -184,9 +179,7 @@ def read_config(env: Mapping[str, str]) -> Config:
     world = _parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), _opt(1, "ranks", 1))
     alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
     steps = given.get("grad_accum_steps") or (alone // world if alone % world == 0 else 1)
-    cfg = Config(**PRESETS[preset] | given | dict(device=device, preset=preset, grad_accum_steps=steps))
-    check_config(cfg, world)
-    return cfg
+    return check(Config(**PRESETS[preset] | given | dict(device=device, preset=preset, grad_accum_steps=steps)), world)
 
 def count_parameters(cfg: Config) -> int:
     """Numbers in the model: embedding and head, skip weights, then matrices, vectors and gains of each block."""
@@ -194,21 +187,17 @@ def count_parameters(cfg: Config) -> int:
     block = dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_mult * dim + 4) + cfg.num_heads
     return dim * (cfg.vocab_size * (2 - cfg.tie_embeddings) + cfg.num_layers // 2) + cfg.num_layers * block
 
-def check_config(cfg: Config, world: int) -> None:
-    """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
-    unit = world * cfg.grad_accum_steps * cfg.train_seq_len
+def check(cfg: Config, world: int) -> Config:
+    """The settings, unless they parse one by one but cannot work together (`AgreedError`)."""
+    unit, scores = world * cfg.grad_accum_steps * cfg.train_seq_len, Path(cfg.out_dir, cfg.scores_path)
     name, ask = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}", functools.partial(require, kind=AgreedError)
     ask(re.fullmatch(f"({name})?", cfg.run_id),
         f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names files; rename it")
-    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not cfg.scores_path * Path(
-        cfg.out_dir, cfg.scores_path).is_dir(),
+    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not (cfg.scores_path and scores.is_dir()),
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in .csv; rename it")
-    ask(cfg.model_path or not cfg.eval_only,
-        "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH")
-    ask(cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
-        f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size}: expected at most the window TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
-    ask(cfg.ttt_stream_chunk <= cfg.ttt_eval_seq_len,
-        f"TTT_STREAM_CHUNK={cfg.ttt_stream_chunk}: expected at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
+    ask(cfg.model_path or not cfg.eval_only, "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score")
+    for key, chunk in (("TTT_CHUNK_SIZE", cfg.ttt_chunk_size), ("TTT_STREAM_CHUNK", cfg.ttt_stream_chunk)):
+        ask(chunk <= cfg.ttt_eval_seq_len, f"{key}={chunk}: expected at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
     ask(cfg.model_dim % (2 * cfg.num_heads) == 0,
         f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, an even dim for each of NUM_HEADS")
     ask(cfg.num_heads % cfg.num_kv_heads == 0,
@@ -219,12 +208,12 @@ def check_config(cfg: Config, world: int) -> None:
         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
         f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is"
         f" {max(unit, round(cfg.train_batch_tokens / unit) * unit)}")
+    return cfg
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
 @dataclass
 class Runtime:
     """Device, precision, rank, world, reductions and logging of this process. The rest of the file never asks."""
-
     device: torch.device
     dtype: torch.dtype  # of matrix products and attention
     rank: int = 0
@@ -285,10 +274,9 @@ class Runtime:
         self.lock = self.log_path.open("a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
-        except OSError as error:
-            if isinstance(error, BlockingIOError):  # not a file system that cannot lock
-                line = f"RUN_ID={self.run_id}: found a run that is writing {self.log_path}, expected none"
-                raise UserError(f"{line}; choose another RUN_ID or OUT_DIR, or wait for its end") from None
+        except OSError as error:  # a file system that cannot lock stops nobody
+            line = f"RUN_ID={self.run_id}: a run is writing {self.log_path}; choose another RUN_ID or OUT_DIR, or wait"
+            require(not isinstance(error, BlockingIOError), line)
         if self.lock.tell():  # the log of an earlier run of that name gets a number
             names = (self.log_path.with_suffix(f".{number}.txt") for number in itertools.count(1))
             self.write(next(path for path in names if not path.exists()), self.log_path.read_bytes())
@@ -309,8 +297,7 @@ class Runtime:
             time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime()), f"command: {given}{launcher} train_gpt.py",
             "config: " + " ".join(f"{name}={value}" for name, value in settings.items()),
             f"versions: python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__}"
-            f" sentencepiece:{sentencepiece.__version__}",
-        )), console=False)  # fmt: skip
+            f" sentencepiece:{spm.__version__}")), console=False)  # fmt: skip
         self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
         self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
         self.log(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
@@ -377,8 +364,7 @@ class Runtime:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            line = f"{path}: {error.strerror}; not written, what was there before still is"
-            raise OSError(error.errno, line) from None
+            raise OSError(error.errno, f"{path}: {error.strerror}; not written, what was there still is") from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -401,15 +387,13 @@ class Runtime:
 
     def together(self, work: Callable[[], Any]) -> Any:
         """work() on every rank. If any refuses it, all of them raise `AgreedError` with the first refusal."""
-        result, problem = None, None
+        result, problem = None, ""
         try:
             result = work()
         except (UserError, OSError) as error:
             problem = str(error)
-        problems = self.gather(problem)
-        for rank, line in enumerate(problems):
-            if line:
-                raise AgreedError(line if problems == [line] * self.world else f"rank {rank}: {line}")
+        for rank, line in enumerate(problems := self.gather(problem)):
+            require(not line, line if problems == [line] * self.world else f"rank {rank}: {line}", AgreedError)
         return result
 
     def sum(self, values: Tensor) -> Tensor:
@@ -504,11 +488,9 @@ def refusing(path: str | Path, expected: str) -> Iterator[None]:
         raise UserError(f"{path}: unusable ({found}); expected {expected}") from None
 
 def unpack(blob: bytes) -> Any:
-    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make.
-
-    Time and memory are bounded by the size of the file: torch reads a copy of the entries that were looked at, whose
-    pickle names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything).
-    """
+    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make. Time
+    and memory are bounded by the size of the file: torch reads a copy of the entries that were looked at, whose pickle
+    names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything)."""
     entries = (archive := zipfile.ZipFile(io.BytesIO(blob))).infolist()
     pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
     plain = blob[:4] == b"PK\3\4" and not any(entry.compress_type for entry in entries)
@@ -540,27 +522,25 @@ def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 # ==== Byte metric: the UTF-8 bytes that a token stands for ===========================================================
-def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
+def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
     """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
     expected = f"the SentencePiece .model that made the shards, with BOS and the model's {vocab_size} pieces"
     with refusing(f"TOKENIZER_PATH={path}", f"{expected}; correct the path or VOCAB_SIZE"):
         require(proto := read_file(path), "an empty file")
-        tokenizer = SentencePieceProcessor(model_proto=proto)
+        tokenizer = spm.SentencePieceProcessor(model_proto=proto)
         found = f"found {tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
         require(tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0, found)
         tokenizer.id_to_piece(list(range(vocab_size)))  # every one is text
         return tokenizer
 
-@dataclass(frozen=True)
-class ByteTable:
+class ByteTable(NamedTuple):
     """UTF-8 bytes that a target token stands for: those of its piece's text, in which every `▁` is a space."""
-
     base: np.ndarray  # (V,) int64, bytes without a leading space; byte-fallback pieces: 1
     leading_space: np.ndarray  # (V,) bool; it counts only after a token that itself stands for text
     is_text: np.ndarray  # (V,) bool, false for control, unknown and unused pieces, which stand for 0 bytes
 
     @classmethod
-    def build(cls, tokenizer: SentencePieceProcessor) -> ByteTable:
+    def build(cls, tokenizer: spm.SentencePieceProcessor) -> ByteTable:
         """The table of a tokenizer. `UserError` if it has no piece for a space on its own."""
         ids = list(range(tokenizer.vocab_size()))
         byte, pieces = np.array(tokenizer.is_byte(ids)), tokenizer.id_to_piece(ids)
@@ -620,7 +600,6 @@ class TokenStream:
 @dataclass(frozen=True)
 class Documents:
     """The validation stream on the device, and its documents in stream order. Position p predicts token p + 1."""
-
     tokens: Tensor  # (n,) int32
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
     starts: np.ndarray  # (docs,) int64, the position of each document's BOS, the first that it owns
@@ -935,7 +914,6 @@ def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: s
 @dataclass(frozen=True)
 class Condition:
     """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side."""
-
     chunk: int
     window: int
     batch: int
@@ -963,18 +941,14 @@ class Condition:
         return predictions if self.stream else inputs
 
 class DocumentAdapters:
-    """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says.
-
-    The document in a seat is one row of `flat` (seats, P), so that one update serves all. Every one starts from the
-    same seeded values, A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, so that no score depends on neighbours. The
-    rate falls with the number t of tokens learned from as (1 + t/1000)^-decay: what a document is like is learned
-    early, and a constant rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685.
-    """
-
+    """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says. The document in
+    a seat is one row of `flat` (seats, P), so that one update serves all. Every one starts from the same seeded values,
+    A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, so that no score depends on neighbours. The rate falls with the
+    number t of tokens learned from as (1 + t/1000)^-decay: what a document is like is learned early, and a constant
+    rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685."""
     def __init__(self, model: GPT, how: Condition, seats: int, seed: int, rt: Runtime) -> None:
         named = dict(model.named_parameters()) | {"lm_head.weight": (model.lm_head or model.tok_emb).weight}
-        named = {name.removesuffix(".weight"): matrix for name, matrix in named.items()}
-        layers = {name: matrix for name, matrix in named.items() if name.endswith(how.targets)}
+        layers = {part: p for name, p in named.items() if (part := name.removesuffix(".weight")).endswith(how.targets)}
         generator = torch.Generator(device="cpu").manual_seed(seed)
         self.names, self.how, self.dtype, self.shapes, start = list(layers), how, model.dtype, [], []
         for out_dim, in_dim in (weight.shape for weight in layers.values()):
@@ -1021,33 +995,37 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     recipe = ("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr
     learner = cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, (0.0, 0.99), 4.0, 0.2  # records/NOTES.md
     best = Condition(cfg.ttt_stream_chunk, window, batch, *learner, stream=True)
-    return {
-        "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
-        "doc": Condition(window, window, batch),
-        "stride": Condition(chunk, window, batch),
-        "ttt": Condition(chunk, window, batch, *recipe, final="final_int8_ttt_lora"),
-        "stream_fast": replace(best, chunk=2 * best.chunk, lr=math.sqrt(2) * best.lr),  # half as many steps
-        "stream": replace(best, final="final_int8_ttt_stream"),
-    }
+    return {"flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
+            "doc": Condition(window, window, batch),
+            "stride": Condition(chunk, window, batch),
+            "ttt": Condition(chunk, window, batch, *recipe, final="final_int8_ttt_lora"),
+            "stream_fast": replace(best, chunk=2 * best.chunk, lr=math.sqrt(2) * best.lr),  # half as many steps
+            "stream": replace(best, final="final_int8_ttt_stream")}  # fmt: skip
 
-@dataclass(frozen=True)
+@dataclass
 class Score:
     """Cross-entropy of scored tokens, in columns with one entry for each piece of a document that has any."""
-
     columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
     missing: int = 0  # positions that the time did not suffice for
     computed: int = 0  # positions that went through the model; `Condition.work` says how many had to
 
+    def __post_init__(self) -> None:
+        nats = math.fsum(self.columns["loss_nats"])  # rounded once, so that no order of chunks can move it
+        tokens, size = (int(self.columns[name].sum()) for name in ("tokens", "bytes"))
+        self.totals = nats, tokens, size
+        self.loss = nats / tokens  # mean cross-entropy, nats per scored token
+        self.bpb = nats / math.log(2) / size  # bits per byte: all bits, divided by all UTF-8 bytes of the scored text
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
+
     @classmethod
     def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, limited: bool = False) -> Score:
         """From all ranks' `ledger` (2, n - 1): for each position of the stream, its loss and how often it was scored.
-
         Also the audit of coverage: `AgreedError` unless what `how` covers was scored exactly once, nothing else was,
         and every loss is finite. Rows are pieces of `size` positions, the same under every condition, so that they can
-        be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing.
-        """
-        losses, times = ledger.cpu().numpy()
-        starts, predictions = how.spans(docs)
+        be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing."""
+        (losses, times), (starts, predictions) = ledger.cpu().numpy(), how.spans(docs)
         due = np.zeros_like(times)
         due[starts[0] : starts[-1] + predictions[-1]] = 1
         missing = (due > times) & limited
@@ -1061,37 +1039,16 @@ class Score:
         start = edges - begins[np.searchsorted(begins, edges, side="right") - 1]
         count = docs.bytes.cpu().numpy() * (times > 0)
         tokens, count = (np.add.reduceat(part, edges, dtype=np.int64) for part in (times, count))
-        if not count.any():
-            raise AgreedError("audit coverage: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
+        require(count.any(), "audit coverage: the tokens scored are 0 bytes of text; check the tokenizer", AgreedError)
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
         columns = dict(doc=doc, chunk=start // size, start=start, tokens=tokens, bytes=count, loss_nats=nats)
         return cls({name: column[tokens > 0] for name, column in columns.items()}, int(missing.sum()))
-
-    @functools.cached_property
-    def totals(self) -> tuple[float, int, int]:
-        """(nats, tokens, bytes). The sum of nats is rounded once, so that no order of chunks can move it."""
-        tokens, count = (int(self.columns[name].sum()) for name in ("tokens", "bytes"))
-        return math.fsum(self.columns["loss_nats"]), tokens, count
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy, nats per scored token."""
-        return self.totals[0] / self.totals[1]
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte: all nats / ln 2, divided by all UTF-8 bytes of the scored text."""
-        return self.totals[0] / math.log(2) / self.totals[2]
-
-    def __str__(self) -> str:
-        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
 def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
     """Rank 0 writes the columns of every score as CSV, from which anyone can add up the printed totals."""
     if rt.rank == 0:
         rows = [("condition", *next(iter(scores.values())).columns)]
-        for name, score in scores.items():
-            rows += [(name, *row) for row in zip(*(c.tolist() for c in score.columns.values()), strict=True)]
+        rows += [(name, *row) for name, score in scores.items() for row in zip(*score.columns.values(), strict=True)]
         rt.write(path, data := "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
         rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data).hexdigest()}")
 
@@ -1105,14 +1062,11 @@ def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
     return [np.array(share, dtype=np.int64) for share in shares]
 
 class Memory:
-    """Keys and values of the last W tokens of documents side by side, in every layer.
-
-    They stay as they were when their chunk was scored, without gradients. Time counts from the start of the evaluation,
-    rotary positions from that of the document, so that no rounding depends on who sat there before. A stream that
-    learns nothing equals one pass over each document under a banded mask, which is more than windows give: text older
-    than W reaches a token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
-    """
-
+    """Keys and values of the last W tokens of documents side by side, in every layer. They stay as they were when their
+    chunk was scored, without gradients. Time counts from the start of the evaluation, rotary positions from that of the
+    document, so that no rounding depends on who sat there before. A stream that learns nothing equals one pass over
+    each document under a banded mask, which is more than windows give: text older than W reaches a token through the
+    layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860."""
     def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
         attn, self.how, self.now, self.base = model.blocks[0].attn, how, 0, model.rope_base
         self.heads, self.dim = len(attn.q_gain), model.blocks[0].head_dim
@@ -1143,18 +1097,14 @@ class Memory:
         keys, values = (torch.cat((old[: len(q)], new), 2) for old, new in zip(self.past[layer], (k, v), strict=True))
         self.past[layer] = tuple(every[:, :, -self.how.window :].detach() for every in (keys, values))
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        queries = (q * self.dim**-0.5).reshape(len(keys), -1, self.dim)
-        weights = torch.baddbmm(self.bias, queries, keys.mT).softmax(-1)
+        weights = torch.baddbmm(self.bias, (q * self.dim**-0.5).reshape(len(keys), -1, self.dim), keys.mT).softmax(-1)
         return torch.bmm(weights, values).view(q.shape)
 
-def gather_chunk(
-    tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, length: int, how: Condition, rt: Runtime
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+def gather_chunk(tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, length: int, how: Condition,
+                 rt: Runtime) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(ids (B, T), targets (B, S), where in the window they are predicted, where in the stream, whether they exist).
-
     Chunks of C predictions, or all that are `left`, begin `places` tokens into the documents at `starts`. Inputs are
-    [max(0, end - W), end) before the chunk's end or, when streaming, the chunk; beyond, a last token that nobody sees.
-    """
+    [max(0, end - W), end) before the chunk's end or, if streaming, the chunk; beyond, a last token that nobody sees."""
     ends = places + np.minimum(left, how.chunk)
     begins = places if how.stream else np.maximum(ends - how.window, 0)
     start, begin, end, place = rt.upload(np.stack((starts, begins, ends, places)))[:, :, None]
@@ -1164,14 +1114,11 @@ def gather_chunk(
     at = None if length <= how.chunk and (begins == places).all() else place - begin  # None: everywhere
     return ids, tokens[start + place + 1].long(), at, start + place, live
 
-def score_then_learn(
-    model: GPT, chunk: tuple, rows: Tensor | slice, adapters: DocumentAdapters | None, memory: Any, learn: bool
-) -> Tensor:
+def score_then_learn(model: GPT, chunk: tuple, rows: Tensor | slice, adapters: DocumentAdapters | None,
+                     memory: Memory | None, learn: bool) -> Tensor:  # fmt: skip
     """Losses (B, S) of a chunk under the adapters as they are; only then, if `learn`, one step on those same tokens.
-
     This order is the law of the game, and this is the only place that learns: the score of a token must come from a
-    state that has never seen it. `rows` are the seats of the batch: all the first ones, as a slice, or those listed.
-    """
+    state that has never seen it. `rows` are the seats of the batch: all the first ones, as a slice, or those listed."""
     ids, targets, at, _, live = chunk
     with torch.set_grad_enabled(learn):
         flat = adapters.flat[rows].detach().requires_grad_(learn) if adapters else None
@@ -1179,24 +1126,18 @@ def score_then_learn(
             memory.turn(rows)
         losses = model(ids, targets, at, adapters.pairs(flat) if adapters else NO_LORA, memory)
         if learn:
-            # The sum keeps documents apart: no document's mean loss reaches another's row of `flat`.
-            mean_losses = (losses * live).sum(1) / live.sum(1)
+            mean_losses = (losses * live).sum(1) / live.sum(1)  # summed: no document's reaches another's row of `flat`
             adapters.adam(rows, torch.autograd.grad(mean_losses.sum(), flat)[0])
     return losses.detach()
 
 def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(document, number of its chunk) for each seat still taken, turn after turn; the seats taken are the first ones.
-
     Every seat gets its `documents` in advance, the longest to the one that is free first: nobody waits for the longest
-    of all, and what a seat owns never has to move.
-    """
-    lanes = [documents[share] for share in share_documents(chunks[documents], seats)]
+    of all, and what a seat owns never has to move."""
+    lanes, done = (documents[share] for share in share_documents(chunks[documents], seats)), np.zeros_like(chunks)
     lanes = sorted((np.repeat(lane, chunks[lane]) for lane in lanes), key=len, reverse=True)
-    plan, done = np.full((max(map(len, lanes), default=0), seats), -1), np.zeros_like(chunks)
-    for seat, lane in enumerate(lanes):
-        plan[: len(lane), seat] = lane
-    for turn in plan:
-        taken = turn[turn >= 0]
+    for turn in itertools.zip_longest(*lanes, fillvalue=-1):
+        taken = np.array([document for document in turn if document >= 0])
         yield taken, done[taken]
         done[taken] += 1
 
@@ -1204,11 +1145,9 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
 LENGTHS = np.unique(np.floor(1.05 ** np.arange(250)).astype(np.int64))
 
 def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool, int]]:
-    """Rows whose windows run together, whether they are learned from, and the length that they are filled up to.
-
-    A document's last chunk teaches nobody. A length never depends on the other documents, since rounding does on it. A
-    stream is one group, in which a last chunk may be learned from, too; what it taught is forgotten unheard.
-    """
+    """Rows whose windows run together, whether they are learned from, and the length that they are filled up to. A
+    document's last chunk teaches nobody. A length never depends on the other documents, since rounding does on it. A
+    stream is one group, in which a last chunk may be learned from, too; what it taught is forgotten unheard."""
     inputs = np.minimum(places + np.minimum(left, how.chunk), how.window)
     more = (left > how.chunk) & bool(how.targets)
     lengths = np.where(more, inputs, np.minimum(LENGTHS[np.searchsorted(LENGTHS, inputs)], how.window))
@@ -1219,22 +1158,15 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
 
 class Progress:
     """Documents that an evaluation has finished, on disk for the next attempt; and its seconds, which may be limited.
-
     Every rank of every attempt writes a file of its own, and rank 0 reads them all. Their names begin with `stem`,
-    which holds a hash of all that decides the scores: a file that is found fits.
-    """
-
+    which holds a hash of all that decides the scores: a file that is found fits."""
     def __init__(self, stem: Path, limit: float, rt: Runtime) -> None:
         self.stem, self.limit, self.rt, self.earlier, self.turns, self.began = stem, limit, rt, 0.0, 0, rt.seconds()
         self.path, self.due = stem.with_name(f"{stem.name}.{time.time_ns()}.{rt.rank}.part"), self.began + 5
 
-    def files(self) -> list[Path]:
-        """Those of all ranks and attempts."""
-        return sorted(self.stem.parent.glob(f"{self.stem.name}.*.part"))
-
     def recall(self, ledger: Tensor, starts: np.ndarray, predictions: np.ndarray) -> np.ndarray:
         """Enter what is known into rank 0's ledger. Returns the documents that are left to score, on every rank."""
-        for path in self.files() if self.rt.rank == 0 else ():
+        for path in sorted(self.stem.parent.glob(f"{self.stem.name}.*.part")) if self.rt.rank == 0 else ():
             try:
                 part = load_state(path)
                 at, entries, seconds = part["at"], part["entries"].to(ledger.device), float(part["seconds"])
@@ -1244,14 +1176,13 @@ class Progress:
             except Exception as error:  # what a damaged file held is scored again
                 self.rt.log(f"warning: skipped {path}: {error!r:.300}")
         self.earlier = self.rt.from_rank0(self.earlier)
-        self.owner, self.offset = np.repeat(np.arange(len(starts)), predictions), int(starts[0])  # of each position
-        times = self.rt.sum(ledger[1].clone())[self.offset :][: len(self.owner)].cpu().numpy()
-        self.done = np.zeros(len(starts), dtype=bool)
-        return np.flatnonzero(np.bincount(self.owner, times, len(starts)) < predictions)
+        times = np.add.reduceat(self.rt.sum(ledger[1].clone()).cpu().numpy(), starts, dtype=np.int64)  # documents touch
+        self.first, self.sizes, self.done = int(starts[0]), predictions, np.zeros(len(starts), dtype=bool)
+        return np.flatnonzero(times < predictions)
 
     def keep(self, ledger: Tensor) -> None:
         """Write what is finished. `UserError` where a signal came."""
-        at, now = torch.from_numpy(np.flatnonzero(self.done[self.owner]) + self.offset), self.rt.seconds()
+        at, now = torch.from_numpy(np.flatnonzero(np.repeat(self.done, self.sizes)) + self.first), self.rt.seconds()
         entries, seconds = ledger[:, at.to(ledger.device)].cpu(), 0.0 if self.rt.rank else now - self.began
         self.rt.save(self.path, {"at": at, "entries": entries, "seconds": seconds})
         self.due = now + max(5.0, 50 * (self.rt.seconds() - now))  # so that it takes a fiftieth of the time at most
@@ -1274,15 +1205,12 @@ class Progress:
                 self.keep(ledger)
             time.sleep(0.02)
 
-def fill_ledger(
-    model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
-) -> tuple[Tensor, int]:
-    """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens.
-
-    With targets, each document owns adapters that take one Adam step after each chunk that another one follows.
-    Documents, but those that `progress` knows, are shared over the ranks by work, and run side by side as `plan_seats`
-    has it. Returns the `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
-    """
+def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime,
+                progress: Progress | None = None) -> tuple[Tensor, int]:  # fmt: skip
+    """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens. With targets,
+    each document owns adapters that take one Adam step after each chunk that another one follows. Documents, but those
+    that `progress` knows, are shared over the ranks by work, and run side by side as `plan_seats` has it. Returns the
+    `ledger` of `Score.tally` and how many positions were computed, the same on every rank."""
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
     ledger, computed = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
@@ -1296,8 +1224,7 @@ def fill_ledger(
             if len(fresh := np.flatnonzero(numbers == 0)):
                 for owned in filter(None, (adapters, memory)):
                     owned.reset(rt.upload(fresh))
-            places = numbers * how.chunk
-            left = predictions[documents] - places
+            places, left = numbers * how.chunk, predictions[documents] - numbers * how.chunk
             for rows, learn, length in group_windows(left, places, how):
                 chunk = gather_chunk(docs.tokens, starts[documents[rows]], left[rows], places[rows], length, how, rt)
                 seated = rt.upload(rows) if len(rows) < len(documents) else slice(len(rows))
@@ -1322,15 +1249,13 @@ def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runti
     return replace(Score.tally(ledger, docs, how, cfg.ttt_chunk_size, limited), computed=computed)
 
 # ==== Audits: what makes a score worth believing ======================================================================
-def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProcessor, rt: Runtime) -> None:
+def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceProcessor, rt: Runtime) -> None:
     """Hold the bytes of up to 256 documents, evenly spread, against their decoded text; `UserError` names the piece."""
     ids = range(tokenizer.vocab_size())  # what is expected comes from the tokenizer, nothing from the table
     silent = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
     text, byte = ~np.array(silent), np.array([tokenizer.is_byte(i) for i in ids])
     anchor = next(i for i in np.flatnonzero(text & ~byte).tolist() if tokenizer.decode([i]).strip())
-
-    def spell_out(pieces: list[int]) -> str:
-        """Their text, decoded behind an anchor, since the decoder drops spaces at the start of a text."""
+    def spell_out(pieces: list[int]) -> str:  # behind an anchor: the decoder drops spaces at the start of a text
         return tokenizer.decode([anchor, *pieces])[len(tokenizer.decode([anchor])) :]
 
     opening = np.array([text[i] and not byte[i] and spell_out([i]).startswith(" ") for i in ids])
@@ -1351,14 +1276,11 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProce
 
 def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> str:
     """Score three documents twice; the second time all tokens of one and those after a cut in the others are random.
-
     What precedes a cut must score the same to the last bit (on GPUs, within `Runtime.noise`), else `UserError`: it saw
     a later token or another document. The first document, two chunks longer than a window, has the random one beside
     it; the third, of two chunks, meets what both left behind. Cuts fall inside the last chunk that is learned from, so
-    that learning before scoring shows (unless chunks are single tokens). Returns what every rank compared by itself.
-    """
-    picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3)
-    long = how.window // how.chunk + 2
+    that learning before scoring shows (unless chunks are single tokens). Returns what every rank compared by itself."""
+    picks, long = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3), how.window // how.chunk + 2
     predictions = np.minimum(docs.predictions[picks], np.array([long, long, 2]) * how.chunk)
     starts = np.cumsum(predictions + 1) - predictions - 1
     where = np.concatenate([docs.starts[d] + np.arange(n + 1) for d, n in zip(picks, predictions, strict=True)])
@@ -1375,9 +1297,8 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
     how = replace(how, batch=2, isolated=True)
     once, again = (fill_ledger(model, version, how, cfg, alone)[0][0][compared] for version in few)
     moved = (once - again).abs().max().item() if len(once) else 0.0
-    found = f"later tokens or other documents moved scores by up to {moved:g} nats"
-    line = f"audit causality: {found}; expected no change: this evaluation leaks, its score is void"
-    require(moved <= rt.noise, line)  # not a number is no agreement either
+    line = f"later tokens or other documents moved scores by up to {moved:g} nats, not 0: it leaks, its score is void"
+    require(moved <= rt.noise, f"audit causality: {line}")  # not a number is no agreement either
     return f"documents:{len(set(picks))} compared:{len(once)}"
 
 # ==== Training ========================================================================================================
@@ -1403,20 +1324,16 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     return model if failure else forward
 
 class Trainer:
-    """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent.
-
-    A checkpoint holds all of it, and `identity`: the settings and hashes that a training must share to go on from it.
-    """
-
+    """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent. A
+    checkpoint holds all of it, and `identity`: the settings and hashes that a training must share to go on from it."""
     def __init__(self, model: GPT, stream: TokenStream, cfg: Config, rt: Runtime, hashes: Mapping[str, str]) -> None:
         self.model, self.forward, self.stream, self.cfg, self.rt = model, model, stream, cfg, rt
         self.step, self.elapsed_ms, self.mark, self.saved_ms = 0, 0.0, 0.0, 0.0
         self.params = {name: p for name, p in model.named_parameters() if p.numel()}  # one layer: no skip weights
         # Step and place of the first gradient or weight that is not finite, as one number: on the device, seldom read.
         self.fault = self.no_fault = torch.tensor(2**62, device=rt.device)
-        self.optimizers = build_optimizers(model, cfg, rt)
-        names = [f.name for f in fields(cfg)]
-        names = names[names.index("seed") : names.index("grad_clip_norm") + 1]
+        self.optimizers, self.cap_ms = build_optimizers(model, cfg, rt), 1000 * (cfg.max_wallclock_seconds or math.inf)
+        names = (every := list(vars(cfg)))[every.index("seed") : every.index("grad_clip_norm") + 1]
         shared = {"grad_accum_steps": rt.world * cfg.grad_accum_steps, "dtype": rt.dtype}  # ranks share micro-steps
         decisive = {name: getattr(cfg, name) for name in names} | shared
         self.identity = {name.upper(): spell(value) for name, value in decisive.items()} | dict(hashes)
@@ -1432,8 +1349,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether ITERATIONS or MAX_WALLCLOCK_SECONDS are used up: the same on every rank."""
-        cap = 1000 * (self.cfg.max_wallclock_seconds or math.inf)
-        return self.step >= self.cfg.iterations or self.elapsed_ms >= cap
+        return self.step >= self.cfg.iterations or self.elapsed_ms >= self.cap_ms
 
     def train_step(self) -> Tensor:
         """One optimizer step over TRAIN_BATCH_TOKENS. Returns this rank's mean loss, () fp32, still on the device."""
@@ -1532,7 +1448,7 @@ class Trainer:
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
     """Train until the budget is used up, validating on the way, outside the clock. `AgreedError` after a signal."""
-    cfg, rt, cap = trainer.cfg, trainer.rt, 1000 * (trainer.cfg.max_wallclock_seconds or math.inf)
+    cfg, rt, cap_ms = trainer.cfg, trainer.rt, trainer.cap_ms
     if not trainer.finished:
         trainer.forward = compile_forward(trainer.model, cfg, rt)
         trainer.warm_up()
@@ -1553,11 +1469,10 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
             late = cfg.checkpoint_seconds and trainer.elapsed_ms - trainer.saved_ms >= 1000 * cfg.checkpoint_seconds
             if late or rt.signal or (cfg.checkpoint_every and trainer.step % cfg.checkpoint_every == 0):
                 trainer.save()
-            if rt.signal:
-                raise AgreedError(f"after step {trainer.step} of {cfg.iterations}")
+            require(not rt.signal, f"after step {trainer.step} of {cfg.iterations}", AgreedError)
             tokens = trainer.step * cfg.train_batch_tokens
             bar.set_postfix_str(f"{1000 * tokens / trainer.elapsed_ms:,.0f} tokens/s", refresh=False)
-            bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap) - bar.n)  # the scarcer budget
+            bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap_ms) - bar.n)  # the scarcer budget
     trainer.tick(rt.seconds())
     trainer.refuse_faults()
     if trainer.step < (most := cfg.iterations):
@@ -1568,18 +1483,16 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
     """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes by file), or `UserError`."""
     weights = read_weights(cfg.model_path) if cfg.model_path else None
     if weights is not None:
-        cfg = shape_from_weights(weights, cfg, cfg.model_path)
-        check_config(cfg, rt.world)
+        cfg = check(shape_from_weights(weights, cfg, cfg.model_path), rt.world)
     train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
-    val, hashes = open_shards(cfg.data_path, "fineweb_val_*.bin"), {}
-    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    val, tokenizer = open_shards(cfg.data_path, "fineweb_val_*.bin"), load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    hashes = {"tokenizer": sha256(read_file(cfg.tokenizer_path)).hexdigest()}
     for shard in (*val, *train[rt.rank :: rt.world]):  # the ranks share the reading
         top, most = int(shard.max()), cfg.vocab_size - 1
         require(top <= most, f"{shard.filename}: token id {top}, expected ids up to {most}; take its own tokenizer")
         hashes[Path(shard.filename).name] = sha256(Path(shard.filename).read_bytes()).hexdigest()
     table = ByteTable.build(tokenizer)
     docs = split_documents(np.concatenate(val), tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
-    hashes["tokenizer"] = sha256(read_file(cfg.tokenizer_path)).hexdigest()
     rt.log(f"sha256 tokenizer:{hashes['tokenizer']}")
     for name in (name for name in hashes if "_val_" in name):
         rt.log(f"sha256 val:{hashes[name]} {name}")
@@ -1588,14 +1501,14 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
 
 def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
-    scores, rungs, kept = {}, ladder(docs, cfg, rt), []
+    scores, rungs, stems = {}, ladder(docs, cfg, rt), []
     rt.together(lambda: rt.rank or copy_tensors(model.state_dict(), read_weights(path), path))
     rt.spread(model.state_dict().values())  # only rank 0 needs to see OUT_DIR
     artifact, code = rt.gather(None if rt.rank else path.read_bytes())[0], source_code().encode()
-    headroom, digest = SUBMISSION_BUDGET - len(artifact) - len(code), sha256(artifact).hexdigest()
+    digest, size, budget = sha256(artifact).hexdigest(), len(artifact) + len(code), SUBMISSION_BUDGET
     rt.log(f"sha256 artifact:{digest} {path.name}")
-    verdict = "PASS" if headroom >= 0 else "FAIL"
-    rt.log(f"submission_size:{SUBMISSION_BUDGET - headroom} budget:{SUBMISSION_BUDGET} headroom:{headroom} {verdict}")
+    verdict = "PASS" if size <= budget else "FAIL"
+    rt.log(f"submission_size:{size} budget:{budget} headroom:{budget - size} {verdict}")
     for name, how in ((name, rungs[name]) for name in cfg.eval):
         if how.targets or name == cfg.eval[-1]:
             began = rt.seconds()
@@ -1603,8 +1516,8 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
             rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
         decisive = digest, code, hashes, how, cfg.seed, rt.dtype, rt.device.type, cfg.max_val_docs
         key = sha256(repr(decisive).encode()).hexdigest()
-        stem = Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}")
-        kept.append(progress := Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
+        stems.append(stem := Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}"))
+        progress = Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt)
         score = scores[name] = evaluate(model, docs, how, cfg, rt, progress)
         spent, (_, tokens, size) = 1000 * (progress.earlier + rt.seconds() - progress.began), score.totals
         rt.suffix = " partial" if cfg.max_val_docs or score.missing else ""
@@ -1624,7 +1537,7 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
     if cfg.scores_path:
         rt.together(lambda: write_scores(Path(cfg.out_dir, cfg.scores_path), scores, rt))
     if rt.rank == 0 and not any(score.missing for score in scores.values()):
-        for path in (path for progress in kept for path in progress.files()):
+        for path in (path for stem in stems for path in stem.parent.glob(f"{stem.name}.*.part")):
             path.unlink(missing_ok=True)
 
 def run(cfg: Config, rt: Runtime) -> None:
