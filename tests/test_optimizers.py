@@ -12,7 +12,7 @@ def test_orthogonalize_against_float64(shape):
     """Same singular vectors as the exact polar factor, singular values in Newton-Schulz's band around 1."""
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    ours = tg.orthogonalize(matrix, 5).double()
+    ours = tg.orthogonalize(matrix[None], 5)[0].double()
     left, before, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     inside = left.T @ ours @ right.T  # the result in the singular basis: diagonal if the vectors are the same
     values = inside.diagonal()
@@ -38,7 +38,7 @@ def muon_reference(params, grads, steps, lr, momentum):
         for i in range(steps):
             gradient = g.double() * (i + 1)
             buffer = momentum * buffer + gradient
-            update = tg.orthogonalize((gradient + momentum * buffer).float(), 5).double()
+            update = tg.orthogonalize((gradient + momentum * buffer).float()[None], 5)[0].double()
             p = p - lr * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
         out.append(p)
     return out
