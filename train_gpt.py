@@ -420,20 +420,47 @@ def unflatten(joined: Tensor, tensors: list[Tensor]) -> None:
     for tensor, part in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
+class BlockedAttention(torch.autograd.Function):
+    """softmax(q k^T) v under a causal mask, q (R, S, T, N), k and v (R, T, N): S query heads share keys. For CPUs.
+
+    Their flash kernel loses to plain matrix products, half of which the mask saves when queries are taken in blocks
+    that see the keys up to their own end; and autograd, left alone, pads every block's gradients with zeros and adds
+    those up (records/NOTES.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+        out, saved, end = [], [], 0
+        for part in q.split(block, dim=2):
+            begin, end = end, end + part.size(2)
+            future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
+            queries = part.reshape(len(k), -1, k.size(2))
+            weights = torch.baddbmm(future.repeat(q.size(1), 1), queries, k[:, :end].mT).softmax(-1)
+            out.append(torch.bmm(weights, v[:, :end]).view(part.shape))
+            saved += [queries, weights]
+        ctx.save_for_backward(k, v, *saved)
+        ctx.block = block
+        return torch.cat(out, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, *saved = ctx.saved_tensors
+        d_q, d_k, d_v = [], torch.zeros_like(k), torch.zeros_like(v)
+        for queries, weights, part in zip(saved[::2], saved[1::2], grad.split(ctx.block, dim=2), strict=True):
+            end, d_out = weights.size(2), part.reshape(queries.shape)
+            d_v[:, :end].baddbmm_(weights.mT, d_out)
+            d_scores = torch._softmax_backward_data(torch.bmm(d_out, v[:, :end].mT), weights, -1, weights.dtype)
+            d_k[:, :end].baddbmm_(d_scores.mT, queries)
+            d_q.append(torch.bmm(d_scores, k[:, :end]).view(part.shape))
+        return torch.cat(d_q, dim=2), d_k, d_v, None
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
     """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # The flash kernel for CPUs loses to plain bf16 matrix products, half of which a causal mask saves when queries are
-    # taken in blocks that see the keys up to their own end (records/NOTES.md).
-    rows, (length, dim), share = q.size(0) * k.size(1), q.shape[2:], q.size(1) // k.size(1)
-    k, v, out, end = k.reshape(rows, length, dim), v.reshape(rows, length, dim), [], 0
-    for part in (q * dim**-0.5).reshape(rows, share, length, dim).split(block, dim=2):
-        begin, end = end, end + part.size(2)
-        future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
-        scores = torch.baddbmm(future.repeat(share, 1), part.reshape(rows, -1, dim), k[:, :end].mT)
-        out.append((scores.softmax(-1) @ v[:, :end]).view(part.shape))
-    return torch.cat(out, dim=2).view(q.shape)
+    rows, (length, dim) = q.size(0) * k.size(1), q.shape[2:]
+    k, v = (tensor.reshape(rows, length, dim) for tensor in (k, v))
+    return BlockedAttention.apply((q * dim**-0.5).reshape(rows, -1, length, dim), k, v, block).view(q.shape)
 
 def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
     """(compute dtype, why). DTYPE=auto is bf16 where the hardware multiplies it natively, else fp32."""
