@@ -370,25 +370,25 @@ class Runtime:
         return values
 
     def average(self, shares: list[list[Tensor]]) -> None:
-        """Replace the tensors of this rank's own share, `shares[rank]`, by their means over the ranks."""
-        # All-to-all moves what a reduce-scatter must, each byte to its owner alone, where gloo's reduce-scatter moves
-        # twice that (records/NOTES.md); it takes shares of any size, and sums are made in the order of the ranks.
+        """Replace the tensors of this rank's own share, `shares[rank]`, by their means over the ranks, made in fp32."""
+        # All-to-all: gloo's reduce-scatter moves twice the bytes (records/NOTES.md), and shares may be of any size.
         if self.world > 1:
-            sizes = [sum(tensor.numel() for tensor in share) for share in shares]
-            sent = torch.cat([tensor.flatten() for share in shares for tensor in share])
-            received = sent.new_empty(self.world, own := sizes[self.rank])
-            dist.all_to_all_single(received.view(-1), sent, [own] * self.world, sizes)
-            unflatten(received.mean(0), shares[self.rank])
+            sizes, own = [sum(tensor.numel() for tensor in share) for share in shares], shares[self.rank]
+            sent = torch.cat([tensor.flatten().float() for share in shares for tensor in share])
+            received = sent.new_empty(self.world, sizes[self.rank])
+            dist.all_to_all_single(received.view(-1), sent, [sizes[self.rank]] * self.world, sizes)
+            for tensor, mean in zip(own, received.mean(0).split([tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     def exchange(self, shares: list[list[Tensor]]) -> None:
-        """Make the tensors of each share, on every rank, those of its owner: an all-gather of shares of any size."""
+        """Make the tensors of each share those of its owner on every rank: an all-gather of any sizes and dtypes."""
         if self.world > 1:
-            sizes = [sum(tensor.numel() for tensor in share) for share in shares]
-            every = [tensor for share in shares for tensor in share]
-            received = every[0].new_empty(sum(sizes))
-            sent = torch.cat([received[:0], *(tensor.flatten() for tensor in shares[self.rank])]).repeat(self.world)
+            parts = [[tensor.view(-1).view(torch.uint8) for tensor in share] for share in shares]
+            sizes, every = [sum(map(len, part)) for part in parts], list(itertools.chain(*parts))
+            sent = torch.cat([every[0][:0], *parts[self.rank]]).repeat(self.world)
+            received = sent.new_empty(sum(sizes))
             dist.all_to_all_single(received, sent, sizes, [sizes[self.rank]] * self.world)
-            unflatten(received, every)
+            torch._foreach_copy_(every, list(received.split(list(map(len, every)))))
 
     def upload(self, array: np.ndarray) -> Tensor:
         """The array on the device, without waiting for the copy where the device can overlap it."""
@@ -415,52 +415,20 @@ class Runtime:
         hidden = not self.log_path or self.rank > 0 or not sys.stderr.isatty()
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
-def unflatten(joined: Tensor, tensors: list[Tensor]) -> None:
-    """Copy into `tensors` their parts, one after the other, of `joined` (n,)."""
-    for tensor, part in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-class BlockedAttention(torch.autograd.Function):
-    """softmax(q k^T) v under a causal mask, q (R, S, T, N), k and v (R, T, N): S query heads share keys. For CPUs.
-
-    Their flash kernel loses to plain matrix products, half of which the mask saves when queries are taken in blocks
-    that see the keys up to their own end; and autograd, left alone, pads every block's gradients with zeros and adds
-    those up (records/NOTES.md).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-        out, saved, end = [], [], 0
-        for part in q.split(block, dim=2):
-            begin, end = end, end + part.size(2)
-            future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
-            queries = part.reshape(len(k), -1, k.size(2))
-            weights = torch.baddbmm(future.repeat(q.size(1), 1), queries, k[:, :end].mT).softmax(-1)
-            out.append(torch.bmm(weights, v[:, :end]).view(part.shape))
-            saved += [queries, weights]
-        ctx.save_for_backward(k, v, *saved)
-        ctx.block = block
-        return torch.cat(out, dim=2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, *saved = ctx.saved_tensors
-        d_q, d_k, d_v = [], torch.zeros_like(k), torch.zeros_like(v)
-        for queries, weights, part in zip(saved[::2], saved[1::2], grad.split(ctx.block, dim=2), strict=True):
-            end, d_out = weights.size(2), part.reshape(queries.shape)
-            d_v[:, :end].baddbmm_(weights.mT, d_out)
-            d_scores = torch._softmax_backward_data(torch.bmm(d_out, v[:, :end].mT), weights, -1, weights.dtype)
-            d_k[:, :end].baddbmm_(d_scores.mT, queries)
-            d_q.append(torch.bmm(d_scores, k[:, :end]).view(part.shape))
-        return torch.cat(d_q, dim=2), d_k, d_v, None
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
     """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    rows, (length, dim) = q.size(0) * k.size(1), q.shape[2:]
-    k, v = (tensor.reshape(rows, length, dim) for tensor in (k, v))
-    return BlockedAttention.apply((q * dim**-0.5).reshape(rows, -1, length, dim), k, v, block).view(q.shape)
+    # The flash kernel for CPUs loses to plain bf16 matrix products, half of which a causal mask saves when queries are
+    # taken in blocks that see the keys up to their own end (records/NOTES.md).
+    rows, (length, dim), share = q.size(0) * k.size(1), q.shape[2:], q.size(1) // k.size(1)
+    k, v, out, end = k.reshape(rows, length, dim), v.reshape(rows, length, dim), [], 0
+    for part in (q * dim**-0.5).reshape(rows, share, length, dim).split(block, dim=2):
+        begin, end = end, end + part.size(2)
+        future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device).triu(begin + 1)
+        scores = torch.baddbmm(future.repeat(share, 1), part.reshape(rows, -1, dim), k[:, :end].mT)
+        out.append((scores.softmax(-1) @ v[:, :end]).view(part.shape))
+    return torch.cat(out, dim=2).view(q.shape)
 
 def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
     """(compute dtype, why). DTYPE=auto is bf16 where the hardware multiplies it natively, else fp32."""
@@ -771,8 +739,8 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors.
 
-    Every matrix is the work of one rank, its owner, which alone needs its mean gradient (`Runtime.average_own`) and
-    keeps its momentum; all ranks then get its update, in bf16. Those of one shape are orthogonalised together.
+    Every matrix is the work of one rank, its owner, which alone has its mean gradient and its momentum; its update goes
+    to all in bf16. `shares` are the matrices by owner; those of one shape are orthogonalised together.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
@@ -798,10 +766,6 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_([updates[p] for p in params], list(batch))
         self.rt.exchange([[updates[p] for p in share] for share in self.shares])
         torch._foreach_add_(list(updates), [update.float() for update in updates.values()], alpha=-lr)
-
-    def gather_momentum(self) -> None:
-        """Give every rank the momentum of all matrices, which a checkpoint holds whatever the number of ranks."""
-        self.rt.exchange([[self.state[p]["buffer"] for p in share] for share in self.shares])
 
 def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.optim.Adam]:
     """(Muon, Adam), fresh. Every parameter belongs to exactly one group, and each group remembers its `base_lr`."""
@@ -1421,6 +1385,8 @@ class Trainer:
         # Step and place of the first gradient or weight that is not finite, as one number: on the device, seldom read.
         self.fault = self.no_fault = torch.tensor(2**62, device=rt.device)
         self.optimizers = build_optimizers(model, cfg, rt)
+        others = [p for p in self.params.values() if p not in self.optimizers[0].state]
+        self.others = [others[rank :: rt.world] for rank in range(rt.world)]  # those of Adam, by who averages gradients
         names = [f.name for f in fields(cfg)]
         names = names[names.index("seed") : names.index("grad_clip_norm") + 1]
         shared = {"grad_accum_steps": rt.world * cfg.grad_accum_steps, "dtype": rt.dtype}  # ranks share micro-steps
@@ -1443,25 +1409,20 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """One optimizer step over TRAIN_BATCH_TOKENS. Returns this rank's mean loss, () fp32, still on the device."""
-        cfg, total = self.cfg, torch.zeros((), device=self.rt.device)
+        cfg, muon, total = self.cfg, self.optimizers[0], torch.zeros((), device=self.rt.device)
         for _ in range(cfg.grad_accum_steps):
             loss = self.forward(*self.stream.next_batch(cfg, self.rt)).mean() / cfg.grad_accum_steps
             loss.backward()
             total += loss.detach()
-        muon, adam = self.optimizers
-        # Each gradient is averaged by one rank, its owner: a matrix's by the one that orthogonalises it, where it then
-        # stays; the others', as one, in equal parts, from where they go to all.
-        rest = [p.grad for group in adam.param_groups for p in group["params"] if p.numel()]
-        joined = torch.cat([grad.flatten().float() for grad in rest])
-        parts = joined.tensor_split(self.rt.world)
-        shares = [[*(p.grad for p in share), part] for share, part in zip(muon.shares, parts, strict=True)]
-        self.rt.average(shares)
+        # A gradient's mean is one rank's to make: a matrix's its owner's, which alone needs it; others then go to all.
+        grads = [[p.grad for p in (*own, *other)] for own, other in zip(muon.shares, self.others, strict=True)]
+        self.rt.average(grads)
         if cfg.grad_clip_norm:
-            norm = self.rt.sum(sum(grad.square().sum() for grad in shares[self.rt.rank])).sqrt()
-            torch._foreach_mul_(shares[self.rt.rank], (cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        self.rt.exchange([[part] for part in parts])
-        unflatten(joined, rest)
-        scale, self.optimizers[0].param_groups[0]["momentum"] = schedule(self.step, self.elapsed_ms, cfg)
+            own = grads[self.rt.rank]
+            norm = self.rt.sum(sum((grad.float().square().sum() for grad in own), 0 * total)).sqrt()
+            torch._foreach_mul_(own, (cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.rt.exchange([[p.grad for p in other] for other in self.others])
+        scale, muon.param_groups[0]["momentum"] = schedule(self.step, self.elapsed_ms, cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
@@ -1476,8 +1437,7 @@ class Trainer:
 
     def refuse_faults(self) -> None:
         """`AgreedError` if a gradient or a weight has not been finite; a loss that is not makes such gradients."""
-        fault = min(self.rt.gather(int(self.fault)))  # of any rank: a matrix's mean gradient is with its owner alone
-        if fault < int(self.no_fault):
+        if (fault := min(self.rt.gather(int(self.fault)))) < int(self.no_fault):  # of all: owners know more
             what = [f"{kind} {name}" for kind in ("the gradient of", "the weight") for name in self.params]
             step, place = divmod(fault, len(what))
             lost = f"the last good state is that after step {step}; nothing was exported"
@@ -1496,7 +1456,8 @@ class Trainer:
     def save(self) -> None:
         """Rank 0 writes a checkpoint and keeps the last two of this run. A full disk ends no training."""
         self.refuse_faults()
-        self.optimizers[0].gather_momentum()
+        muon = self.optimizers[0]  # a checkpoint holds the momentum of all matrices, whatever the number of ranks
+        self.rt.exchange([[muon.state[p]["buffer"] for p in share] for share in muon.shares])
         self.saved_ms, counts = self.elapsed_ms, (self.step, self.elapsed_ms, self.stream.position)
         state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state(), "counts": counts}
         try:

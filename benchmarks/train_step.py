@@ -221,16 +221,17 @@ def received() -> int:
 
 
 def least_bytes(cfg: tg.Config, world: int) -> tuple[int, int]:
-    """(ours, all-reduces): bytes that all ranks together must receive in a step, if each crosses the wire once.
+    """(ours, plain): bytes that all ranks together must receive in a step, if each crosses the wire once.
 
-    With n fp32 numbers in matrices and m in the rest: a matrix's gradient goes to its owner (4 n) and its bf16 update
-    from there to all (2 n); the rest's gradients are reduced and return (8 m); all times (world - 1). Reducing all of
-    the gradients, and the updates in bf16, to everybody takes 8 n + 4 n + 8 m.
+    Ours: a matrix's gradient goes to its owner (4 bytes a number) and its bf16 update from there to all (2); the
+    others' go to one rank (4) and their means return in their dtype (2 for the bf16 embedding, else 4). Plain: an
+    all-reduce of every gradient in fp32 (8) and one of the matrices' updates in bf16 (4). All times (world - 1).
     """
-    rest = cfg.vocab_size * cfg.model_dim * (2 - cfg.tie_embeddings)
-    rest += cfg.num_layers * (4 * cfg.model_dim + cfg.num_heads) + cfg.num_layers // 2 * cfg.model_dim
-    matrices = tg.count_parameters(cfg) - rest
-    return (6 * matrices + 8 * rest) * (world - 1), (12 * matrices + 8 * rest) * (world - 1)
+    embedding = cfg.vocab_size * cfg.model_dim
+    vectors = cfg.num_layers * (4 * cfg.model_dim + cfg.num_heads) + cfg.num_layers // 2 * cfg.model_dim
+    matrices = tg.count_parameters(cfg) - embedding - vectors
+    ours, plain = 6 * (matrices + embedding) + 8 * vectors, 12 * matrices + 8 * (embedding + vectors)
+    return ours * (world - 1), plain * (world - 1)
 
 
 def count_wire(rank: int, world: int, cfg: tg.Config, steps: int, folder: str) -> None:
