@@ -415,7 +415,7 @@ class Runtime:
         hidden = not self.log_path or self.rank > 0 or not sys.stderr.isatty()
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
     """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -15,7 +15,7 @@ Model FLOPs of a step: 6 x tokens x (numbers in the matrices, with the head, wit
 T x dim): 2 for each multiplication and addition forward and 4 backward. Attention multiplies twice (scores and values)
 with T / 2 keys on average: the causal half counts once. Optimizers, norms and activations do not count.
 
-On a busy machine, `--threads 1` and the column of CPU time, which other processes lengthen little, compare better.
+Operations are those of aten that torch's profiler sees, the ones inside others included. On a busy machine, `--threads 1` and the column of CPU time, which other processes lengthen little, compare better.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ttt_eval import OperationCounter, matmul_rate, peak_memory  # which puts the script's folder on the path
+from ttt_eval import matmul_rate, peak_memory  # which puts the script's folder on the path
 
 import train_gpt as tg
 
@@ -178,13 +178,15 @@ def make_variants(cfg: tg.Config, rt: tg.Runtime, compiled: bool) -> list[Varian
 def compare(cfg: tg.Config, rt: tg.Runtime, steps: int, compiled: bool) -> float:
     """Run the variants in turns and print their table. Returns the largest difference of two losses of a step."""
     variants, rates = make_variants(cfg, rt, compiled), []
-    for variant in variants:  # the first step: compiles, counts
+    for variant in variants:  # the first step compiles, the second one counts; neither is timed
+        variant.step()
         peak_memory(reset=True)
-        with OperationCounter() as counter:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             variant.step()
-        variant.operations, variant.memory = counter.count, peak_memory()
+        variant.operations = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+        variant.memory = peak_memory()
         variant.seconds.clear(), variant.cpu.clear()
-    for _ in range(steps - 1):
+    for _ in range(steps - 2):
         rates.append(matmul_rate(rt.dtype, seconds=0.1))
         for variant in variants:
             variant.step()

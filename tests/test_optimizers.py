@@ -76,6 +76,15 @@ def test_orthogonalize_works_in_the_dtype_it_is_given():
     torch.testing.assert_close(rounded.float(), exact, atol=0.06, rtol=0.06)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_works_in_the_compute_dtype(dtype, monkeypatch):
+    params, grads = muon_setup()
+    exact, seen = tg.orthogonalize, set()
+    monkeypatch.setattr(tg, "orthogonalize", lambda x, steps: seen.add(x.dtype) or exact(x, steps))
+    take_steps(tg.Muon(params, 0.02, 5, tg.Runtime(torch.device("cpu"), dtype)), params, grads, 1, 0.9)
+    assert seen == {dtype}
+
+
 @pytest.mark.parametrize("world", [2, 3, 9])
 def test_muon_ranks_share_the_matrices(rt, monkeypatch, world):
     """Every rank computes its own matrices; together, they are the update of a single rank. 9 ranks, 5 matrices."""

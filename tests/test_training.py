@@ -66,6 +66,16 @@ def test_accumulation_averages_over_the_whole_batch(rt):
         torch.testing.assert_close(seen[name], p.grad, atol=tolerance, rtol=tolerance)
 
 
+def test_a_fault_that_one_rank_knows_of_is_named_on_all(rt, monkeypatch):
+    """A matrix's mean gradient is with its owner alone: what the other ranks have seen comes later in the order."""
+    trainer = make_trainer(tiny_config(), rt)
+    trainer.refuse_faults()
+    owner = 2 * 2 * len(trainer.params)  # what it found: in step 3, the first gradient
+    monkeypatch.setattr(rt, "gather", lambda value: [value, owner])
+    with pytest.raises(tg.AgreedError, match="step 3: the gradient of skip_weights is not finite"):
+        trainer.refuse_faults()
+
+
 def test_gradients_are_clipped_by_their_global_norm(rt, monkeypatch):
     trainer = make_trainer(tiny_config(grad_clip_norm=1e-3), rt)
     norms = []
