@@ -15,7 +15,8 @@ Model FLOPs of a step: 6 x tokens x (numbers in the matrices, with the head, wit
 T x dim): 2 for each multiplication and addition forward and 4 backward. Attention multiplies twice (scores and values)
 with T / 2 keys on average: the causal half counts once. Optimizers, norms and activations do not count.
 
-Operations are those of aten that torch's profiler sees, the ones inside others included. On a busy machine, `--threads 1` and the column of CPU time, which other processes lengthen little, compare better.
+Operations are those of aten that torch's profiler sees, the ones inside others included. On a busy machine, `--threads
+1` and the column of CPU time, which other processes lengthen little, compare better than seconds.
 """
 
 import argparse

@@ -104,7 +104,7 @@ def test_checkpoints_are_measured():
 
 
 def tiny_training(**settings):
-    """Three layers of width 32 on the conformance shards; at the record's rates, rounding would show within 40 steps."""
+    """Three layers of width 32 on the conformance shards; rounding shows within 40 steps at the record's rates."""
     rates = dict(tied_embed_lr=0.01, matrix_lr=0.02, scalar_lr=0.01)
     base = tiny_config(vocab_size=1024, data_path=str(CONFORMANCE), iterations=100, warmdown_iters=0, **rates)
     return replace(base, **dict(train_batch_tokens=1024) | settings)
