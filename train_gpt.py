@@ -402,12 +402,26 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks: one reduction of all of them, in fp32."""
+    def average(self, shares: list[list[Tensor]]) -> None:
+        """Replace the tensors of this rank's own share, `shares[rank]`, by their means over the ranks, made in fp32."""
+        # All-to-all: gloo's reduce-scatter moves twice the bytes (records/NOTES.md), and shares may be of any size.
         if self.world > 1:
-            joined = self.sum(torch.cat([tensor.flatten().float() for tensor in tensors])).div_(self.world)
-            for tensor, mean in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+            sizes, own = [sum(tensor.numel() for tensor in share) for share in shares], shares[self.rank]
+            sent = torch.cat([tensor.flatten().float() for share in shares for tensor in share])
+            received = sent.new_empty(self.world, sizes[self.rank])
+            dist.all_to_all_single(received.view(-1), sent, [sizes[self.rank]] * self.world, sizes)
+            for tensor, mean in zip(own, received.mean(0).split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
+
+    def exchange(self, shares: list[list[Tensor]]) -> None:
+        """Make the tensors of each share those of its owner on every rank: an all-gather of any sizes and dtypes."""
+        if self.world > 1:
+            parts = [[tensor.view(-1).view(torch.uint8) for tensor in share] for share in shares]
+            sizes, every = [sum(map(len, part)) for part in parts], list(itertools.chain(*parts))
+            sent = torch.cat([every[0][:0], *parts[self.rank]]).repeat(self.world)
+            received = sent.new_empty(sum(sizes))
+            dist.all_to_all_single(received, sent, sizes, [sizes[self.rank]] * self.world)
+            torch._foreach_copy_(every, list(received.split(list(map(len, every)))))
 
     def upload(self, array: np.ndarray) -> Tensor:
         """The array on the device, without waiting for the copy where the device can overlap it."""
@@ -732,41 +746,48 @@ def frozen(model: GPT) -> GPT:
     return copied
 
 # ==== Optimizers ======================================================================================================
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16."""
+def orthogonalize(x: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix in `x` (K, rows, cols) towards 1: quintic Newton-Schulz iterations."""
     # Source, of Muon as a whole too: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
     a, b, c = 3.4445, -4.7750, 2.0315  # exactness traded for speed: singular values end between about 0.7 and 1.2
-    x = matrix.bfloat16()
-    x = x / (x.norm() + 1e-7)
-    if tall := x.size(0) > x.size(1):
+    if tall := x.size(1) > x.size(2):
         x = x.mT
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):  # x becomes a x + (b g + c g^2) x for the Gram matrices g = x x^T: three products, no more
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors."""
+    """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors.
+
+    Every matrix is the work of one rank, its owner, which alone has its mean gradient and its momentum; its update goes
+    to all in bf16. `shares` are the matrices by owner; those of one shape are orthogonalised together.
+    """
 
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
         super().__init__(params, {"lr": lr, "base_lr": lr, "momentum": 0.0})
-        self.steps, self.rt, self.mine = steps, rt, slice(rt.rank, None, rt.world)
+        shares = share_documents(np.array([p.numel() for p in params]), rt.world)
+        self.shares = [sorted((params[i] for i in share), key=lambda p: p.shape) for share in shares]
+        self.steps, self.rt = steps, rt
         self.state.update({p: {"buffer": torch.zeros_like(p)} for p in params})
 
     @torch.no_grad()
     def step(self) -> None:
         """p -= lr * sqrt(max(1, rows / cols)) * orthogonalize(Nesterov momentum), for every matrix p."""
-        params, lr, momentum = (self.param_groups[0][key] for key in ("params", "lr", "momentum"))
-        sizes, buffers = [p.numel() for p in params], [self.state[p]["buffer"] for p in params]
-        updates = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
-        views = [part.view_as(p) for part, p in zip(updates.split(sizes), params, strict=True)]
-        torch._foreach_mul_(buffers, momentum)  # all of them on every rank, so that any rank can write a checkpoint
-        torch._foreach_add_(buffers, [p.grad for p in params])
-        # Each matrix is one rank's work: summing the ranks' otherwise zero bf16 updates hands every rank the whole set.
-        for p, buffer, view in zip(params[self.mine], buffers[self.mine], views[self.mine], strict=True):
-            view.copy_(orthogonalize(p.grad + momentum * buffer, self.steps) * max(1.0, p.size(0) / p.size(1)) ** 0.5)
-        self.rt.sum(updates)
-        torch._foreach_add_(params, [view.float() for view in views], alpha=-lr)
+        lr, momentum = (self.param_groups[0][key] for key in ("lr", "momentum"))
+        updates = {p: torch.empty_like(p, dtype=torch.bfloat16) for share in self.shares for p in share}
+        for (rows, cols), same in itertools.groupby(self.shares[self.rt.rank], key=lambda p: p.shape):
+            params = list(same)
+            grads, buffers = [p.grad for p in params], [self.state[p]["buffer"] for p in params]
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, grads)
+            # In the compute dtype: a CPU without bf16 takes a hundred times as long for it (records/NOTES.md).
+            nesterov = torch.stack(torch._foreach_add(grads, buffers, alpha=momentum)).to(self.rt.dtype)
+            batch = orthogonalize(nesterov, self.steps) * max(1.0, rows / cols) ** 0.5
+            torch._foreach_copy_([updates[p] for p in params], list(batch))
+        self.rt.exchange([[updates[p] for p in share] for share in self.shares])
+        torch._foreach_add_(list(updates), [update.float() for update in updates.values()], alpha=-lr)
 
 def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.optim.Adam]:
     """(Muon, Adam), fresh. Every parameter belongs to exactly one group, and each group remembers its `base_lr`."""
@@ -1333,6 +1354,8 @@ class Trainer:
         # Step and place of the first gradient or weight that is not finite, as one number: on the device, seldom read.
         self.fault = self.no_fault = torch.tensor(2**62, device=rt.device)
         self.optimizers, self.cap_ms = build_optimizers(model, cfg, rt), 1000 * (cfg.max_wallclock_seconds or math.inf)
+        others = [p for p in self.params.values() if p not in self.optimizers[0].state]
+        self.others = [others[rank :: rt.world] for rank in range(rt.world)]  # those of Adam, by who averages gradients
         names = (every := list(vars(cfg)))[every.index("seed") : every.index("grad_clip_norm") + 1]
         shared = {"grad_accum_steps": rt.world * cfg.grad_accum_steps, "dtype": rt.dtype}  # ranks share micro-steps
         decisive = {name: getattr(cfg, name) for name in names} | shared
@@ -1353,21 +1376,26 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """One optimizer step over TRAIN_BATCH_TOKENS. Returns this rank's mean loss, () fp32, still on the device."""
-        cfg, total = self.cfg, torch.zeros((), device=self.rt.device)
+        cfg, muon, total = self.cfg, self.optimizers[0], torch.zeros((), device=self.rt.device)
         for _ in range(cfg.grad_accum_steps):
             loss = self.forward(*self.stream.next_batch(cfg, self.rt)).mean() / cfg.grad_accum_steps
             loss.backward()
             total += loss.detach()
-        grads = [p.grad for p in self.params.values()]
+        # A gradient's mean is one rank's to make: a matrix's its owner's, which alone needs it; others then go to all.
+        grads = [[p.grad for p in (*own, *other)] for own, other in zip(muon.shares, self.others, strict=True)]
         self.rt.average(grads)
         if cfg.grad_clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip_norm)
-        scale, self.optimizers[0].param_groups[0]["momentum"] = schedule(self.step, self.elapsed_ms, cfg)
+            own = grads[self.rt.rank]
+            norm = self.rt.sum(sum((grad.float().square().sum() for grad in own), 0 * total)).sqrt()
+            torch._foreach_mul_(own, (cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.rt.exchange([[p.grad for p in other] for other in self.others])
+        scale, muon.param_groups[0]["momentum"] = schedule(self.step, self.elapsed_ms, cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
             optimizer.step()
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([*grads, *self.params.values()])])
+        seen = [*(p.grad for p in self.params.values()), *self.params.values()]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(seen)])
         place = self.step * len(norms) + torch.arange(len(norms), device=self.rt.device)
         self.fault = torch.minimum(self.fault, torch.where(norms.isfinite(), self.no_fault, place).min())
         self.model.zero_grad(set_to_none=True)
@@ -1376,7 +1404,7 @@ class Trainer:
 
     def refuse_faults(self) -> None:
         """`AgreedError` if a gradient or a weight has not been finite; a loss that is not makes such gradients."""
-        if (fault := int(self.fault)) < int(self.no_fault):
+        if (fault := min(self.rt.gather(int(self.fault)))) < int(self.no_fault):  # of all: owners know more
             what = [f"{kind} {name}" for kind in ("the gradient of", "the weight") for name in self.params]
             step, place = divmod(fault, len(what))
             lost = f"the last good state is that after step {step}; nothing was exported"
@@ -1394,6 +1422,8 @@ class Trainer:
     def save(self) -> None:
         """Rank 0 writes a checkpoint and keeps the last two of this run."""
         self.refuse_faults()
+        muon = self.optimizers[0]  # a checkpoint holds the momentum of all matrices, whatever the number of ranks
+        self.rt.exchange([[muon.state[p]["buffer"] for p in share] for share in muon.shares])
         self.saved_ms, counts = self.elapsed_ms, (self.step, self.elapsed_ms, self.stream.position)
         state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state(), "counts": counts}
         if self.rt.rank == 0:
