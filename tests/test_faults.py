@@ -24,7 +24,7 @@ from conftest import CONFORMANCE, ROOT, TINY_RUN, write_shard
 import train_gpt as tg
 
 TERM, INT, KILL, STOP, CONT = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
-LONG = 180  # seconds that nothing here takes
+LONG = 600  # seconds that nothing here takes, on a slow machine either
 
 # 40 short steps, then two evaluations of a second or two each in which documents end all the time.
 RUN = TINY_RUN | {
