@@ -499,7 +499,7 @@ def refusing(path: str | Path, expected: str) -> Iterator[None]:
         yield
     except Exception as error:
         found = str(error) if isinstance(error, UserError) else f"{error!r:.300}"
-        raise UserError(f"{path}: unusable ({found}); expected {expected}") from None
+        raise UserError(f"{path}: unusable ({found:.900}); expected {expected}") from None
 
 def unpack(blob: bytes) -> Any:
     """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make. Time
