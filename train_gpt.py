@@ -38,6 +38,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
@@ -878,16 +879,19 @@ def pack(content: Mapping[str, Any], size: int = 2**15) -> bytes:
     Rounded weights repeat nothing; a search for repeats, which zlib's default insists on, costs them half a bit each.
     """
     torch.save(content, buffer := io.BytesIO())
-    data, out = buffer.getbuffer(), [b"\x78\xda"]
-    for at in range(0, len(data), size):
-        made: list[bytes] = []
+    data = buffer.getbuffer()
+
+    def smallest(at: int) -> bytes:
+        made, end = [], zlib.Z_FULL_FLUSH if at + size < len(data) else zlib.Z_FINISH
         for strategy, memory in ((zlib.Z_HUFFMAN_ONLY, 9), (zlib.Z_HUFFMAN_ONLY, 7), (zlib.Z_RLE, 7), (0, 7)):
-            if len(made) < 2 or len(made[0]) < size / 2:  # what takes over 4 bits a byte is noise
+            if len(made) < 2 or len(made[0]) < 0.4 * size:  # what takes over 3 bits a byte is noise
                 deflater = zlib.compressobj(6, zlib.DEFLATED, -15, memory, strategy)  # 7: blocks of 8,192 bytes, 9: one
-                part = deflater.compress(data[at : at + size])
-                made.append(part + deflater.flush(zlib.Z_FULL_FLUSH if at + size < len(data) else zlib.Z_FINISH))
-        out.append(min(made, key=len))
-    return b"".join(out) + zlib.adler32(data).to_bytes(4, "big")
+                made.append(deflater.compress(data[at : at + size]) + deflater.flush(end))
+        return min(made, key=len)
+
+    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        parts = pool.map(smallest, range(0, len(data), size))
+        return b"".join([b"\x78\xda", *parts, zlib.adler32(data).to_bytes(4, "big")])
 
 def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Mapping]) -> dict[str, Any]:
     """Content whose artifact fits `budget` together with this script: exact if that does, else by search."""
@@ -901,21 +905,20 @@ def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Ma
     for names, *tensors in (zip(*same, strict=True) for same in shapes.values()):  # those of one shape together
         plans.append((names, *plan_rounding(*map(torch.stack, tensors))))
     # In octaves of `unit`: where artifacts are too large, the next try, where they fit. One octave is a bit a weight.
-    low, at, high, slope, last, best = -60.0, 0.0, 60.0, numbers / 8, None, None
-    bits = torch.cat([2 + (care * w.std()).log2().flatten()[::16] for _, w, _, care in plans])  # at unit 1
+    low, at, high, slope, last, best = -60.0, 0.0, 60.0, numbers / 8, None, (0, None)
+    bits = torch.cat([2 + (w.std(1, keepdim=True) * care).log2().flatten()[::16] for _, w, _, care in plans])
     for _ in range(50):
         at += (bits - at).clamp(0, 16).mean().item() - 8 * room / numbers
-    while high - low > 0.05:
+    aim = 0.9985
+    while high - low > 0.05 and best[0] < (2 * aim - 1) * room:  # the tries grow less demanding
         size = len(pack(content := quantize_state(state, plans, 2.0**at)))
-        low, high, best = (low, at, content) if size <= room else (at, high, best)
-        if 0.998 * room < size <= room or (best and not best["quantized"]):
-            break
+        low, high, best = (low, at, (size, content)) if size <= room else (at, high, best)
         slope = min(max((last[1] - size) / (at - last[0]), numbers / 40), numbers) if last else slope
-        last, at = (at, size), at + (size - 0.999 * room) / slope
+        last, at, aim = (at, size), at + (size - aim * room) / slope, 1 - 1.5 * (1 - aim)
         at = at if low < at < high else (low + high) / 2
     found = f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the coarsest artifact takes {size}"
-    require(best, f"{found}; raise it and go on from the .pt file with EVAL_ONLY=1")
-    return best
+    require(best[1], f"{found}; raise it and go on from the .pt file with EVAL_ONLY=1")
+    return best[1]
 
 def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """A state dict in the dtypes of training. `KeyError`, `ValueError` for what neither we nor the record can write."""
