@@ -908,7 +908,7 @@ def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Ma
     low, at, high, slope, last, best = -60.0, 0.0, 60.0, numbers / 8, None, (0, None)
     bits = torch.cat([2 + (w.std(1, keepdim=True) * care).log2().flatten()[::16] for _, w, _, care in plans])
     for _ in range(50):
-        at += (bits - at).clamp(0, 16).mean().item() - 8 * room / numbers
+        at += (bits - at).clamp(0, 16).mean().item() - 8 * max(room, 0) / numbers
     aim = 0.9985
     while high - low > 0.05 and best[0] < (2 * aim - 1) * room:  # the tries grow less demanding
         size = len(pack(content := quantize_state(state, plans, 2.0**at)))
