@@ -12,8 +12,7 @@ lines are checks that stop the run when they fail. In reading order, each band l
 runtime, byte metric, data, model, optimizers, artifact, adapters, evaluation, audits, training, main.
 
 Shapes: B rows (sequences or documents), T tokens of input, S scored positions, D model dim, H heads, N head dim,
-R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats.
-"""
+R adapter rank, V vocabulary, P adapter numbers of one document, C chunk, W window, G kv heads. Losses are in nats."""
 
 from __future__ import annotations
 
@@ -32,25 +31,25 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import sentencepiece
+import sentencepiece as spm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -64,12 +63,10 @@ PRESETS: dict[str, dict[str, Any]] = {"baseline": {}, "cpu": dict(
     model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=4096, grad_accum_steps=2,
     val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03, warmup_steps=1, warmdown_iters=500,
     muon_momentum_warmup_steps=60, val_loss_every=0, train_log_every=50, ttt_eval_seq_len=512, ttt_batch_size=16,
-    eval=("flat", "doc", "stride", "ttt", "stream"), checkpoint_seconds=30.0,
-)}  # fmt: skip
+    eval=("flat", "doc", "stride", "ttt", "stream"), checkpoint_seconds=30.0)}  # fmt: skip
 
 class UserError(ValueError):
     """Something a user can put right: shown as one line, without a traceback, with exit status 1."""
-
     def __str__(self) -> str:  # what a stranger's file says must not reach a terminal as it is
         return "".join(c if c.isprintable() else "?" for c in super().__str__())[:1500]
 
@@ -88,7 +85,6 @@ def _opt(default: Any, unit: str, least: float = -1e18, most: float = 1e18, choi
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, with the published record's defaults; its variable is its name in capitals."""
-
     # What to run, and where
     preset: str = _opt("auto", "baseline with CUDA, cpu elsewhere", choices=("auto", "baseline", "cpu"))
     device: str = _opt("auto", "cuda where there is one", choices=("auto", "cpu", "cuda"))
@@ -100,7 +96,7 @@ class Config:
     tokenizer_path: str = _opt("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     out_dir: str = _opt(".", "folder for everything the run writes")
     artifact_budget: int = _opt(16_000_000, "bytes of script and artifact; the weights lose what does not fit", 1)
-    run_id: str = _opt("", "name of log and checkpoints; if empty, that of the checkpoint, or a uuid4")
+    run_id: str = _opt("", "name of log and checkpoints; if empty, that of the checkpoint that auto finds, or a uuid4")
     scores_path: str = _opt("", "in OUT_DIR: a .csv with the scores of every chunk; none if empty")
     resume: str = _opt("", "auto: go on from the newest checkpoint in OUT_DIR, if any; or the path of one")
     checkpoint_every: int = _opt(0, "steps between checkpoints; 0: none", 0)
@@ -175,9 +171,8 @@ def _parse(name: str, text: str, spec: Any) -> Any:
 
 def spell(value: Any) -> str:
     """The text that stands for a setting's value in the environment: what `_parse` reads back."""
-    if isinstance(value, tuple):
-        return ",".join(map(spell, value))
-    return str(int(value) if isinstance(value, bool) else value)
+    plain = int(value) if isinstance(value, bool) else value
+    return ",".join(map(spell, value)) if isinstance(value, tuple) else str(plain)
 
 def read_config(env: Mapping[str, str]) -> Config:
     """Settings from the environment, else the preset's, else the defaults. `AgreedError` for what cannot be or work."""
@@ -187,9 +182,7 @@ def read_config(env: Mapping[str, str]) -> Config:
     world = _parse("WORLD_SIZE", env.get("WORLD_SIZE", "1"), _opt(1, "ranks", 1))
     alone = PRESETS[preset].get("grad_accum_steps", 8)  # of one rank; more share them, and tokens keep their order
     steps = given.get("grad_accum_steps") or (alone // world if alone % world == 0 else 1)
-    cfg = Config(**PRESETS[preset] | given | dict(device=device, preset=preset, grad_accum_steps=steps))
-    check_config(cfg, world)
-    return cfg
+    return check(Config(**PRESETS[preset] | given | dict(device=device, preset=preset, grad_accum_steps=steps)), world)
 
 def count_parameters(cfg: Config) -> int:
     """Numbers in the model: embedding and head, skip weights, then matrices, vectors and gains of each block."""
@@ -197,21 +190,17 @@ def count_parameters(cfg: Config) -> int:
     block = dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_mult * dim + 4) + cfg.num_heads
     return dim * (cfg.vocab_size * (2 - cfg.tie_embeddings) + cfg.num_layers // 2) + cfg.num_layers * block
 
-def check_config(cfg: Config, world: int) -> None:
-    """Refuse settings that parse one by one but cannot work together (`AgreedError`)."""
-    unit = world * cfg.grad_accum_steps * cfg.train_seq_len
-    nearest = max(unit, round(cfg.train_batch_tokens / unit) * unit)
-    name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
-    ask = functools.partial(require, kind=AgreedError)
+def check(cfg: Config, world: int) -> Config:
+    """The settings, unless they parse one by one but cannot work together (`AgreedError`)."""
+    unit, scores = world * cfg.grad_accum_steps * cfg.train_seq_len, Path(cfg.out_dir, cfg.scores_path)
+    name, ask = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}", functools.partial(require, kind=AgreedError)
     ask(re.fullmatch(f"({name})?", cfg.run_id),
         f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names files; rename it")
-    taken = cfg.scores_path and os.path.isdir(os.path.join(cfg.out_dir, cfg.scores_path))
-    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not taken,
+    ask(re.fullmatch(rf"({name}\.csv)?", cfg.scores_path) and not (cfg.scores_path and scores.is_dir()),
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in .csv; rename it")
-    ask(cfg.model_path or not cfg.eval_only,
-        "EVAL_ONLY=1 without MODEL_PATH: expected the .ptz or .pt file to score; set MODEL_PATH")
-    ask(cfg.ttt_chunk_size <= cfg.ttt_eval_seq_len,
-        f"TTT_CHUNK_SIZE={cfg.ttt_chunk_size}: expected at most the window TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
+    ask(cfg.model_path or not cfg.eval_only, "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score")
+    for key, chunk in (("TTT_CHUNK_SIZE", cfg.ttt_chunk_size), ("TTT_STREAM_CHUNK", cfg.ttt_stream_chunk)):
+        ask(chunk <= cfg.ttt_eval_seq_len, f"{key}={chunk}: expected at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}")
     ask(cfg.model_dim % (2 * cfg.num_heads) == 0,
         f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, an even dim for each of NUM_HEADS")
     ask(cfg.num_heads % cfg.num_kv_heads == 0,
@@ -220,13 +209,14 @@ def check_config(cfg: Config, world: int) -> None:
         f"MODEL_DIM, NUM_LAYERS, MLP_MULT: found a model of {count_parameters(cfg)} parameters, expected at most 1e9")
     ask(cfg.eval_only or cfg.train_batch_tokens % unit == 0,
         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
-        f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is {nearest}")
+        f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is"
+        f" {max(unit, round(cfg.train_batch_tokens / unit) * unit)}")
+    return cfg
 
 # ==== Runtime: devices, ranks, clocks and log files live here and nowhere else ========================================
 @dataclass
 class Runtime:
     """Device, precision, rank, world, reductions and logging of this process. The rest of the file never asks."""
-
     device: torch.device
     dtype: torch.dtype  # of matrix products and attention
     rank: int = 0
@@ -238,16 +228,18 @@ class Runtime:
     heard: int = 0  # the signal that asked this rank to stop; 0: none did
     heard_at: float = math.inf  # seconds of the monotonic clock
     signal: int = 0  # what some rank has heard, and all have agreed on
+    muted: bool = False  # whether lines of the log have been lost
+    patience: float = 0.0  # seconds that this rank waits for the others
 
     @classmethod
     def create(cls, cfg: Config, env: Mapping[str, str]) -> Runtime:
         """Claim the device and join the other ranks that torchrun started. `AgreedError` where GPUs are lacking."""
         given = [env.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
         found = "RANK={}, WORLD_SIZE={}, LOCAL_RANK={}, LOCAL_WORLD_SIZE={}".format(*given)
-        require(all(map(str.isdecimal, given)), f"{found}: expected whole numbers, as torchrun sets them")
+        sound = all(map(str.isdecimal, given)) and int(given[0]) < max(int(given[1]), 1)
+        require(sound, f"{found}: expected whole numbers, the rank below the world size, as torchrun sets them")
         rank, world, local, here = map(int, given)
-        require(rank < max(world, 1), f"{found}: expected a rank below the world size, as torchrun sets them")
-        rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1)
+        rt = cls(torch.device("cpu"), choose_dtype(cfg)[0], rank, world or 1, patience=cfg.rank_timeout_seconds)
         if cfg.device == "cuda":
             if (needed := here or 1) > (gpus := torch.cuda.device_count()):
                 raise AgreedError(f"DEVICE=cuda: {needed} ranks on this machine, found {gpus} GPUs; start fewer ranks")
@@ -267,7 +259,7 @@ class Runtime:
             backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
             try:
                 # A store of its own for each attempt of torchrun, else it meets the addresses of the dead.
-                wait, attempt = timedelta(seconds=cfg.rank_timeout_seconds), env.get("TORCHELASTIC_RESTART_COUNT", "0")
+                wait, attempt = timedelta(seconds=rt.patience), env.get("TORCHELASTIC_RESTART_COUNT", "0")
                 rt.store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=wait))[0])
                 dist.init_process_group(backend, store=rt.store, rank=rank, world_size=world, timeout=wait)
             except (ValueError, RuntimeError) as error:
@@ -280,19 +272,20 @@ class Runtime:
 
     def open_log(self, cfg: Config, env: Mapping[str, str]) -> None:
         """Claim the log file and start it with what identifies the run, this script first. `UserError`, `OSError`."""
-        for folder in ("logs", "checkpoints"):
-            Path(cfg.out_dir, folder).mkdir(parents=True, exist_ok=True)
+        for folder in (folders := [Path(cfg.out_dir, name) for name in ("logs", "checkpoints", "")]):
+            folder.mkdir(parents=True, exist_ok=True)
         self.lock = self.log_path.open("a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
-        except OSError as error:
-            if isinstance(error, BlockingIOError):  # not a file system that cannot lock
-                line = f"RUN_ID={self.run_id}: found a run that is writing {self.log_path}, expected none"
-                raise UserError(f"{line}; choose another RUN_ID or OUT_DIR, or wait for its end") from None
+        except OSError as error:  # a file system that cannot lock stops nobody
+            line = f"RUN_ID={self.run_id}: a run is writing {self.log_path}; choose another RUN_ID or OUT_DIR, or wait"
+            require(not isinstance(error, BlockingIOError), line)
         if self.lock.tell():  # the log of an earlier run of that name gets a number
             names = (self.log_path.with_suffix(f".{number}.txt") for number in itertools.count(1))
-            write_atomically(next(path for path in names if not path.exists()), self.log_path.read_bytes())
+            self.write(next(path for path in names if not path.exists()), self.log_path.read_bytes())
             self.lock.truncate(0)
+        for rest in (rest for folder in folders for rest in folder.glob(f".{self.run_id}~*.tmp")):
+            rest.unlink()  # an attempt was killed while it wrote
         settings = {f.name.upper(): shlex.quote(spell(getattr(cfg, f.name))) for f in fields(cfg)}
         given = "".join(f"{name}={shlex.quote(env[name])} " for name in settings if name in env)
         launcher = f"torchrun --standalone --nproc_per_node={self.world}" if "WORLD_SIZE" in env else "python"
@@ -307,8 +300,7 @@ class Runtime:
             time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime()), f"command: {given}{launcher} train_gpt.py",
             "config: " + " ".join(f"{name}={value}" for name, value in settings.items()),
             f"versions: python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__}"
-            f" sentencepiece:{sentencepiece.__version__}",
-        )), console=False)  # fmt: skip
+            f" sentencepiece:{spm.__version__}")), console=False)  # fmt: skip
         self.log(f"preset:{cfg.preset} device:{self.device} world_size:{self.world} dtype:{dtype} ({why})")
         self.log(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.log_path}")
         self.log(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
@@ -317,34 +309,77 @@ class Runtime:
             for meant in difflib.get_close_matches(name, ours, 1, 0.85):
                 self.log(f"warning: {name} is no setting of this script; {meant} is")
 
-    def hear(self, number: int, _: Any = None) -> None:
-        """A signal handler: the first one asks the run to stop at the next good moment, a second one ends it."""
-        if time.monotonic() - self.heard_at > 0.5:  # torchrun repeats at once what a terminal sends to all
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.heard, self.heard_at = number, min(self.heard_at, time.monotonic())
+    def listen(self) -> None:
+        """Begin to hear SIGTERM and SIGINT, in a thread: Python's handlers wait for what the main one is calling."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # only what has a handler goes through the pipe
+        threading.Thread(target=self.hear, args=(reader,), daemon=True).start()
 
-    def lost_ranks(self) -> str:
-        """After a signal, on rank 0: the ranks that do not say within 5 seconds that they have heard it, in words."""
-        self.store.set(f"stopped {self.rank}", "")
-        missing, end = [rank for rank in range(self.world) if self.rank == 0], time.monotonic() + 5
-        while missing and time.monotonic() < end:
-            missing = [rank for rank in missing if not self.store.check([f"stopped {rank}"])]
-            time.sleep(0.1)
-        return f"rank {', '.join(map(str, missing))} has gone without a word: " if missing else ""
+    def hear(self, pipe: int) -> None:
+        """The first signal asks the run to stop at the next good moment, a second one ends the process."""
+        while number := os.read(pipe, 1)[0]:
+            if time.monotonic() - self.heard_at > 0.5:  # torchrun repeats at once what a terminal sends to all
+                ctypes.CDLL(None).signal(number, 0)  # the default action, which signal.signal sets in no thread
+                os.kill(os.getpid(), number)
+            self.heard, self.heard_at = number, min(self.heard_at, time.monotonic())
+
+    def lost_ranks(self, wait: bool) -> str:
+        """Tell the others that this rank ends; those that do not tell within 10 seconds, if it can `wait`, in words."""
+        missing, end = [rank for rank in range(self.world) if wait and rank != self.rank], time.monotonic() + 10
+        with contextlib.suppress(RuntimeError):  # the store may be gone, too
+            self.store.set(f"ended {self.rank}", "")
+            while missing and time.monotonic() < end:
+                missing = [rank for rank in missing if not self.store.check([f"ended {rank}"])]
+                time.sleep(0.1)
+        return f"no word from rank {', '.join(map(str, missing))}: " if missing else ""
 
     def log(self, text: str, console: bool = True) -> None:
         """Write to the log file and, unless told otherwise, to standard output, where only rank 0 speaks."""
         if self.log_path and not (console and self.rank):
+            text += self.suffix * console + "\n"
             if console:
-                text += self.suffix
-                with tqdm.external_write_mode():  # lifts a running progress bar out of the way
-                    print(text, flush=True)
-            try:
-                with self.log_path.open("a", encoding="utf-8") as file:
-                    file.write(text + "\n")
-            except OSError as error:
-                raise OSError(error.errno, f"{self.log_path}: {error.strerror}") from None
+                with self.surviving("standard output"), tqdm.external_write_mode():  # lifts a bar out of the way
+                    print(text, end="", flush=True)
+            with self.surviving(self.log_path, fatal=not console), self.log_path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    @contextlib.contextmanager
+    def surviving(self, what: str | Path, fatal: bool = False) -> Iterator[None]:
+        """Where a log line is written: a full disk or a reader that has gone ends no run, but a log needs its head."""
+        try:
+            yield
+        except OSError as error:
+            require(not fatal, f"{what}: {error.strerror}; make room, or choose another OUT_DIR")
+            if not self.muted:
+                print(f"warning: {what}: {error.strerror}; the run goes on, its log has gaps", file=sys.stderr)
+            self.muted = True
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        """Put `data` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
+        temporary = path.with_name(f".{self.run_id}~{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(error.errno, f"{path}: {error.strerror}; not written, what was there still is") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def save(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Write tensors and plain values for `load_state`. A full disk stops nothing but what a signal is stopping."""
+        torch.save(state, buffer := io.BytesIO())
+        try:
+            self.write(path, buffer.getbuffer())
+        except OSError as error:
+            if self.heard:
+                raise
+            self.log(f"warning: the run goes on without this save: {error}")
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, on all of them."""
@@ -355,15 +390,13 @@ class Runtime:
 
     def together(self, work: Callable[[], Any]) -> Any:
         """work() on every rank. If any refuses it, all of them raise `AgreedError` with the first refusal."""
-        result, problem = None, None
+        result, problem = None, ""
         try:
             result = work()
         except (UserError, OSError) as error:
             problem = str(error)
-        problems = self.gather(problem)
-        for rank, line in enumerate(problems):
-            if line:
-                raise AgreedError(line if problems == [line] * self.world else f"rank {rank}: {line}")
+        for rank, line in enumerate(problems := self.gather(problem)):
+            require(not line, line if problems == [line] * self.world else f"rank {rank}: {line}", AgreedError)
         return result
 
     def sum(self, values: Tensor) -> Tensor:
@@ -372,17 +405,36 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks: one reduction of all of them, in fp32."""
+    def average(self, shares: list[list[Tensor]]) -> None:
+        """Replace the tensors of this rank's own share, `shares[rank]`, by their means over the ranks, made in fp32."""
+        # All-to-all: gloo's reduce-scatter moves twice the bytes (records/NOTES.md), and shares may be of any size.
         if self.world > 1:
-            joined = self.sum(torch.cat([tensor.flatten().float() for tensor in tensors])).div_(self.world)
-            for tensor, mean in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+            sizes, own = [sum(tensor.numel() for tensor in share) for share in shares], shares[self.rank]
+            sent = torch.cat([tensor.flatten().float() for share in shares for tensor in share])
+            received = sent.new_empty(self.world, sizes[self.rank])
+            dist.all_to_all_single(received.view(-1), sent, [sizes[self.rank]] * self.world, sizes)
+            for tensor, mean in zip(own, received.mean(0).split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
+
+    def exchange(self, shares: list[list[Tensor]]) -> None:
+        """Make the tensors of each share those of its owner on every rank: an all-gather of any sizes and dtypes."""
+        if self.world > 1:
+            parts = [[tensor.view(-1).view(torch.uint8) for tensor in share] for share in shares]
+            sizes, every = [sum(map(len, part)) for part in parts], list(itertools.chain(*parts))
+            sent = torch.cat([every[0][:0], *parts[self.rank]]).repeat(self.world)
+            received = sent.new_empty(sum(sizes))
+            dist.all_to_all_single(received, sent, sizes, [sizes[self.rank]] * self.world)
+            torch._foreach_copy_(every, list(received.split(list(map(len, every)))))
 
     def upload(self, array: np.ndarray) -> Tensor:
         """The array on the device, without waiting for the copy where the device can overlap it."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Copy what rank 0 has in these tensors into those of the other ranks."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def from_rank0(self, value: float) -> float:
         """Rank 0's `value`, not negative, on every rank: replicas that read their own clocks would drift apart."""
@@ -437,36 +489,31 @@ def source_code() -> str:
     """This file's own text, which heads every log and counts towards the budget: read once, lest it be edited."""
     return Path(__file__).read_bytes().decode()
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path` entirely or not at all: a temporary name, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path}: {error.strerror}; not written, what was there before still is") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
 def read_file(path: str | Path) -> bytes:
     """The bytes of a regular file; `UserError` for anything else, since a pipe might never end."""
     found = "something else than a file" if Path(path).exists() else "nothing"
     require(Path(path).is_file(), f"{path}: found {found}, expected a file")
     return Path(path).read_bytes()
 
-def unpack(blob: bytes) -> Any:
-    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make.
+@contextlib.contextmanager
+def refusing(path: str | Path, expected: str) -> Iterator[None]:
+    """Whatever goes wrong with the file at `path`, which may be damaged or a stranger's, becomes a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        found = str(error) if isinstance(error, UserError) else f"{error!r:.300}"
+        raise UserError(f"{path}: unusable ({found:.900}); expected {expected}") from None
 
-    Time and memory are bounded by the size of the file: torch reads a copy of the entries that were looked at, whose
-    pickle names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything).
-    """
+def unpack(blob: bytes) -> Any:
+    """What torch.save made of tensors and plain values, executing nothing. Any exception for what it did not make. Time
+    and memory are bounded by the size of the file: torch reads a copy of the entries that were looked at, whose pickle
+    names nothing but tensors and recalls nothing but names (else a few bytes could stand for anything)."""
     entries = (archive := zipfile.ZipFile(io.BytesIO(blob))).infolist()
     pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
     plain = blob[:4] == b"PK\3\4" and not any(entry.compress_type for entry in entries)
-    require(plain and len(pickles) == 1 and pickles[0].file_size <= 2**20, "not laid out as torch.save does")
+    apart = len({entry.filename for entry in entries}) == len(entries) <= 2**15  # one entry may be listed often
+    small = sum(entry.file_size for entry in entries) <= len(blob) and len(pickles) == 1
+    require(plain and apart and small and pickles[0].file_size <= 2**20, "not laid out as torch.save does")
     names, before = set(), ""
     for op, value, _ in pickletools.genops(archive.read(pickles[0])):
         known = value in PICKLED if op.name == "GLOBAL" else value == 2 if op.name == "PROTO" else True
@@ -481,17 +528,10 @@ def unpack(blob: bytes) -> Any:
     copied.seek(0)
     return torch.load(copied, map_location="cpu", weights_only=True)
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values, atomically."""
-    torch.save(state, buffer := io.BytesIO())
-    write_atomically(path, buffer.getbuffer())
-
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote. `UserError` where the file is damaged or something else."""
-    try:
+    """What `Runtime.save` wrote. `UserError` where the file is damaged or something else."""
+    with refusing(path, "a checkpoint of this script"):
         return unpack(read_file(path))
-    except Exception as error:  # whatever the file system, zipfile and torch.load find wrong
-        raise UserError(f"{path}: unusable ({error!r:.160}); expected a checkpoint of this script") from None
 
 def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
     """The checkpoints of a run, or of any, in OUT_DIR, the newest first."""
@@ -499,28 +539,25 @@ def find_checkpoints(cfg: Config, run_id: str = "*") -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 # ==== Byte metric: the UTF-8 bytes that a token stands for ===========================================================
-def load_tokenizer(path: str, vocab_size: int) -> SentencePieceProcessor:
+def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
     """The SentencePiece model at `path`. `UserError` if it is missing, damaged or of another vocabulary."""
-    found = "no usable file"
-    with contextlib.suppress(UserError, OSError, RuntimeError):
-        require(proto := read_file(path), "an empty file")
-        tokenizer = SentencePieceProcessor(model_proto=proto)
-        if tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0:
-            return tokenizer
-        found = f"{tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
     expected = f"the SentencePiece .model that made the shards, with BOS and the model's {vocab_size} pieces"
-    raise UserError(f"TOKENIZER_PATH={path}: found {found}; expected {expected}; correct the path or VOCAB_SIZE")
+    with refusing(f"TOKENIZER_PATH={path}", f"{expected}; correct the path or VOCAB_SIZE"):
+        require(proto := read_file(path), "an empty file")
+        tokenizer = spm.SentencePieceProcessor(model_proto=proto)
+        found = f"found {tokenizer.vocab_size()} pieces, BOS id {tokenizer.bos_id()}"
+        require(tokenizer.vocab_size() == vocab_size and tokenizer.bos_id() >= 0, found)
+        tokenizer.id_to_piece(list(range(vocab_size)))  # every one is text
+        return tokenizer
 
-@dataclass(frozen=True)
-class ByteTable:
+class ByteTable(NamedTuple):
     """UTF-8 bytes that a target token stands for: those of its piece's text, in which every `▁` is a space."""
-
     base: np.ndarray  # (V,) int64, bytes without a leading space; byte-fallback pieces: 1
     leading_space: np.ndarray  # (V,) bool; it counts only after a token that itself stands for text
     is_text: np.ndarray  # (V,) bool, false for control, unknown and unused pieces, which stand for 0 bytes
 
     @classmethod
-    def build(cls, tokenizer: SentencePieceProcessor) -> ByteTable:
+    def build(cls, tokenizer: spm.SentencePieceProcessor) -> ByteTable:
         """The table of a tokenizer. `UserError` if it has no piece for a space on its own."""
         ids = list(range(tokenizer.vocab_size()))
         byte, pieces = np.array(tokenizer.is_byte(ids)), tokenizer.id_to_piece(ids)
@@ -580,7 +617,6 @@ class TokenStream:
 @dataclass(frozen=True)
 class Documents:
     """The validation stream on the device, and its documents in stream order. Position p predicts token p + 1."""
-
     tokens: Tensor  # (n,) int32
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
     starts: np.ndarray  # (docs,) int64, the position of each document's BOS, the first that it owns
@@ -713,41 +749,48 @@ def frozen(model: GPT) -> GPT:
     return copied
 
 # ==== Optimizers ======================================================================================================
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Push the singular values of `matrix` (rows, cols) towards 1: quintic Newton-Schulz iterations in bf16."""
+def orthogonalize(x: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix in `x` (K, rows, cols) towards 1: quintic Newton-Schulz iterations."""
     # Source, of Muon as a whole too: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
     a, b, c = 3.4445, -4.7750, 2.0315  # exactness traded for speed: singular values end between about 0.7 and 1.2
-    x = matrix.bfloat16()
-    x = x / (x.norm() + 1e-7)
-    if tall := x.size(0) > x.size(1):
+    if tall := x.size(1) > x.size(2):
         x = x.mT
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):  # x becomes a x + (b g + c g^2) x for the Gram matrices g = x x^T: three products, no more
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors."""
+    """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors.
+
+    Every matrix is the work of one rank, its owner, which alone has its mean gradient and its momentum; its update goes
+    to all in bf16. `shares` are the matrices by owner; those of one shape are orthogonalised together.
+    """
 
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
         super().__init__(params, {"lr": lr, "base_lr": lr, "momentum": 0.0})
-        self.steps, self.rt, self.mine = steps, rt, slice(rt.rank, None, rt.world)
+        shares = share_documents(np.array([p.numel() for p in params]), rt.world)
+        self.shares = [sorted((params[i] for i in share), key=lambda p: p.shape) for share in shares]
+        self.steps, self.rt = steps, rt
         self.state.update({p: {"buffer": torch.zeros_like(p)} for p in params})
 
     @torch.no_grad()
     def step(self) -> None:
         """p -= lr * sqrt(max(1, rows / cols)) * orthogonalize(Nesterov momentum), for every matrix p."""
-        params, lr, momentum = (self.param_groups[0][key] for key in ("params", "lr", "momentum"))
-        sizes, buffers = [p.numel() for p in params], [self.state[p]["buffer"] for p in params]
-        updates = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
-        views = [part.view_as(p) for part, p in zip(updates.split(sizes), params, strict=True)]
-        torch._foreach_mul_(buffers, momentum)  # all of them on every rank, so that any rank can write a checkpoint
-        torch._foreach_add_(buffers, [p.grad for p in params])
-        # Each matrix is one rank's work: summing the ranks' otherwise zero bf16 updates hands every rank the whole set.
-        for p, buffer, view in zip(params[self.mine], buffers[self.mine], views[self.mine], strict=True):
-            view.copy_(orthogonalize(p.grad + momentum * buffer, self.steps) * max(1.0, p.size(0) / p.size(1)) ** 0.5)
-        self.rt.sum(updates)
-        torch._foreach_add_(params, [view.float() for view in views], alpha=-lr)
+        lr, momentum = (self.param_groups[0][key] for key in ("lr", "momentum"))
+        updates = {p: torch.empty_like(p, dtype=torch.bfloat16) for share in self.shares for p in share}
+        for (rows, cols), same in itertools.groupby(self.shares[self.rt.rank], key=lambda p: p.shape):
+            params = list(same)
+            grads, buffers = [p.grad for p in params], [self.state[p]["buffer"] for p in params]
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, grads)
+            # In the compute dtype: a CPU without bf16 takes a hundred times as long for it (records/NOTES.md).
+            nesterov = torch.stack(torch._foreach_add(grads, buffers, alpha=momentum)).to(self.rt.dtype)
+            batch = orthogonalize(nesterov, self.steps) * max(1.0, rows / cols) ** 0.5
+            torch._foreach_copy_([updates[p] for p in params], list(batch))
+        self.rt.exchange([[updates[p] for p in share] for share in self.shares])
+        torch._foreach_add_(list(updates), [update.float() for update in updates.values()], alpha=-lr)
 
 def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.optim.Adam]:
     """(Muon, Adam), fresh. Every parameter belongs to exactly one group, and each group remembers its `base_lr`."""
@@ -952,9 +995,9 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     torch.save(state, raw := io.BytesIO())
     raw, code = raw.getbuffer(), len(source_code().encode())
     if not cfg.eval_only:
-        write_atomically(path.with_name("final_model.pt"), raw)
+        rt.write(path.with_name("final_model.pt"), raw)
     content = fit(state, cfg.artifact_budget, functools.partial(calibrate, model, cfg))
-    write_atomically(path, blob := pack(content))
+    rt.write(path, blob := pack(content))
     before = sum(tensor.nbytes for tensor in state.values())
     after = sum(tensor.nbytes for part in ("quantized", "scales", "passthrough") for tensor in content[part].values())
     rt.log(f"Serialized model: {len(raw)} bytes")
@@ -967,7 +1010,7 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: an artifact if its name ends in .ptz, else a plain torch.save; else `UserError`."""
-    try:  # it may be a stranger's: it is never executed, and memory and time are bounded by its size
+    with refusing(path, "an artifact (.ptz) or state dict (.pt)"):  # never executed, bounded by its size
         blob, packed = read_file(path), str(path).endswith(".ptz")
         if packed:
             inflater, most = zlib.decompressobj(), max(2**26, 16 * len(blob))
@@ -981,13 +1024,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         for name, tensor in state.items():
             sound = isinstance(name, str) and tensor.dtype in FLOATS.values() and tensor.isfinite().all()
             require(sound, f"{name!r:.80} does not name finite floats")
-    except Exception as error:  # whatever the file system, zlib and torch.load find wrong with a stranger's file
-        raise UserError(f"{path}: unusable ({error!r:.200}); expected an artifact (.ptz) or state dict (.pt)") from None
     return state
 
 def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> Config:
     """`cfg` with the model shape of the weights in file `path`. `UserError` if they are not this GPT's."""
-    try:
+    with refusing(path, "the weights of this model, with its tensor names"):
         (vocab_size, dim), heads = state["tok_emb.weight"].shape, len(state["blocks.0.attn.q_gain"])
         cfg = replace(cfg, vocab_size=vocab_size, model_dim=dim, mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
                       num_heads=heads, num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
@@ -997,23 +1038,22 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
         # Before the model is built: a few hundred bytes can claim to be of any shape.
         found = f"{cfg.num_layers} layers, {held} numbers where a model of its shape has {needed}"
         require(needed <= 2 * held and cfg.num_layers <= 1000, found)
-    except (KeyError, ValueError, ZeroDivisionError, TypeError) as error:
-        raise UserError(f"{path}: not the weights of this model ({error!r:.160}); expected its tensor names") from None
     return cfg
 
-def load_weights(model: GPT, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy the weights of file `path` into the model. `UserError` naming the first tensor that does not fit."""
-    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (model.state_dict(), state)]
+def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy the `state` in file `path` into the tensors `own`. `UserError` naming the first one that does not fit."""
+    shapes = [{name: tuple(t.shape) if t.is_floating_point() else t.dtype for name, t in tensors.items()}
+              for tensors in (own, state)]  # fmt: skip
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         expected, found = (shape.get(name, "no such tensor") for shape in shapes)
         require(expected == found, f"{path}: {name:.80}: found {found}, expected {expected}, as other tensors say")
-    model.load_state_dict(state)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
 
 # ==== Adapters: a low-rank correction per document, and its optimizer =================================================
 @dataclass(frozen=True)
 class Condition:
     """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs, `batch` side by side."""
-
     chunk: int
     window: int
     batch: int
@@ -1041,18 +1081,14 @@ class Condition:
         return predictions if self.stream else inputs
 
 class DocumentAdapters:
-    """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says.
-
-    The document in a seat is one row of `flat` (seats, P), so that one update serves all. Every one starts from the
-    same seeded values, A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, so that no score depends on neighbours. The
-    rate falls with the number t of tokens learned from as (1 + t/1000)^-decay: what a document is like is learned
-    early, and a constant rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685.
-    """
-
+    """Adapters of documents side by side, with the Adam state that trains them, as a `Condition` says. The document in
+    a seat is one row of `flat` (seats, P), so that one update serves all. Every one starts from the same seeded values,
+    A ~ U(-spread/sqrt(in), spread/sqrt(in)) and B = 0, so that no score depends on neighbours. The rate falls with the
+    number t of tokens learned from as (1 + t/1000)^-decay: what a document is like is learned early, and a constant
+    rate drowns it in noise. Source: LoRA, https://arxiv.org/abs/2106.09685."""
     def __init__(self, model: GPT, how: Condition, seats: int, seed: int, rt: Runtime) -> None:
         named = dict(model.named_parameters()) | {"lm_head.weight": (model.lm_head or model.tok_emb).weight}
-        named = {name.removesuffix(".weight"): matrix for name, matrix in named.items()}
-        layers = {name: matrix for name, matrix in named.items() if name.endswith(how.targets)}
+        layers = {part: p for name, p in named.items() if (part := name.removesuffix(".weight")).endswith(how.targets)}
         generator = torch.Generator(device="cpu").manual_seed(seed)
         self.names, self.how, self.dtype, self.shapes, start = list(layers), how, model.dtype, [], []
         for out_dim, in_dim in (weight.shape for weight in layers.values()):
@@ -1099,33 +1135,37 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
     recipe = ("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr
     learner = cfg.ttt_stream_targets, cfg.ttt_stream_rank, cfg.ttt_stream_lr, (0.0, 0.99), 4.0, 0.2  # records/NOTES.md
     best = Condition(cfg.ttt_stream_chunk, window, batch, *learner, stream=True)
-    return {
-        "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
-        "doc": Condition(window, window, batch),
-        "stride": Condition(chunk, window, batch),
-        "ttt": Condition(chunk, window, batch, *recipe, final="final_int8_ttt_lora"),
-        "stream_fast": replace(best, chunk=2 * best.chunk, lr=math.sqrt(2) * best.lr),  # half as many steps
-        "stream": replace(best, final="final_int8_ttt_stream"),
-    }
+    return {"flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
+            "doc": Condition(window, window, batch),
+            "stride": Condition(chunk, window, batch),
+            "ttt": Condition(chunk, window, batch, *recipe, final="final_int8_ttt_lora"),
+            "stream_fast": replace(best, chunk=2 * best.chunk, lr=math.sqrt(2) * best.lr),  # half as many steps
+            "stream": replace(best, final="final_int8_ttt_stream")}  # fmt: skip
 
-@dataclass(frozen=True)
+@dataclass
 class Score:
     """Cross-entropy of scored tokens, in columns with one entry for each piece of a document that has any."""
-
     columns: dict[str, np.ndarray]  # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
     missing: int = 0  # positions that the time did not suffice for
     computed: int = 0  # positions that went through the model; `Condition.work` says how many had to
 
+    def __post_init__(self) -> None:
+        nats = math.fsum(self.columns["loss_nats"])  # rounded once, so that no order of chunks can move it
+        tokens, size = (int(self.columns[name].sum()) for name in ("tokens", "bytes"))
+        self.totals = nats, tokens, size
+        self.loss = nats / tokens  # mean cross-entropy, nats per scored token
+        self.bpb = nats / math.log(2) / size  # bits per byte: all bits, divided by all UTF-8 bytes of the scored text
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
+
     @classmethod
     def tally(cls, ledger: Tensor, docs: Documents, how: Condition, size: int, limited: bool = False) -> Score:
         """From all ranks' `ledger` (2, n - 1): for each position of the stream, its loss and how often it was scored.
-
         Also the audit of coverage: `AgreedError` unless what `how` covers was scored exactly once, nothing else was,
         and every loss is finite. Rows are pieces of `size` positions, the same under every condition, so that they can
-        be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing.
-        """
-        losses, times = ledger.cpu().numpy()
-        starts, predictions = how.spans(docs)
+        be compared; tokens before the first BOS count as document -1. When `limited`, positions may be missing."""
+        (losses, times), (starts, predictions) = ledger.cpu().numpy(), how.spans(docs)
         due = np.zeros_like(times)
         due[starts[0] : starts[-1] + predictions[-1]] = 1
         missing = (due > times) & limited
@@ -1139,38 +1179,17 @@ class Score:
         start = edges - begins[np.searchsorted(begins, edges, side="right") - 1]
         count = docs.bytes.cpu().numpy() * (times > 0)
         tokens, count = (np.add.reduceat(part, edges, dtype=np.int64) for part in (times, count))
-        if not count.any():
-            raise AgreedError("audit coverage: the scored tokens stand for 0 bytes; expected text, check the tokenizer")
+        require(count.any(), "audit coverage: the tokens scored are 0 bytes of text; check the tokenizer", AgreedError)
         nats = np.add.reduceat(losses, edges, dtype=np.float64)
         columns = dict(doc=doc, chunk=start // size, start=start, tokens=tokens, bytes=count, loss_nats=nats)
         return cls({name: column[tokens > 0] for name, column in columns.items()}, int(missing.sum()))
-
-    @functools.cached_property
-    def totals(self) -> tuple[float, int, int]:
-        """(nats, tokens, bytes). The sum of nats is rounded once, so that no order of chunks can move it."""
-        tokens, count = (int(self.columns[name].sum()) for name in ("tokens", "bytes"))
-        return math.fsum(self.columns["loss_nats"]), tokens, count
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy, nats per scored token."""
-        return self.totals[0] / self.totals[1]
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte: all nats / ln 2, divided by all UTF-8 bytes of the scored text."""
-        return self.totals[0] / math.log(2) / self.totals[2]
-
-    def __str__(self) -> str:
-        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
 def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
     """Rank 0 writes the columns of every score as CSV, from which anyone can add up the printed totals."""
     if rt.rank == 0:
         rows = [("condition", *next(iter(scores.values())).columns)]
-        for name, score in scores.items():
-            rows += [(name, *row) for row in zip(*(c.tolist() for c in score.columns.values()), strict=True)]
-        write_atomically(path, data := "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
+        rows += [(name, *row) for name, score in scores.items() for row in zip(*score.columns.values(), strict=True)]
+        rt.write(path, data := "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
         rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data).hexdigest()}")
 
 def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
@@ -1183,14 +1202,11 @@ def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
     return [np.array(share, dtype=np.int64) for share in shares]
 
 class Memory:
-    """Keys and values of the last W tokens of documents side by side, in every layer.
-
-    They stay as they were when their chunk was scored, without gradients. Time counts from the start of the evaluation,
-    rotary positions from that of the document, so that no rounding depends on who sat there before. A stream that
-    learns nothing equals one pass over each document under a banded mask, which is more than windows give: text older
-    than W reaches a token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
-    """
-
+    """Keys and values of the last W tokens of documents side by side, in every layer. They stay as they were when their
+    chunk was scored, without gradients. Time counts from the start of the evaluation, rotary positions from that of the
+    document, so that no rounding depends on who sat there before. A stream that learns nothing equals one pass over
+    each document under a banded mask, which is more than windows give: text older than W reaches a token through the
+    layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860."""
     def __init__(self, model: GPT, how: Condition, seats: int, rt: Runtime) -> None:
         attn, self.how, self.now, self.base = model.blocks[0].attn, how, 0, model.rope_base
         self.heads, self.dim = len(attn.q_gain), model.blocks[0].head_dim
@@ -1221,18 +1237,14 @@ class Memory:
         keys, values = (torch.cat((old[: len(q)], new), 2) for old, new in zip(self.past[layer], (k, v), strict=True))
         self.past[layer] = tuple(every[:, :, -self.how.window :].detach() for every in (keys, values))
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        queries = (q * self.dim**-0.5).reshape(len(keys), -1, self.dim)
-        weights = torch.baddbmm(self.bias, queries, keys.mT).softmax(-1)
+        weights = torch.baddbmm(self.bias, (q * self.dim**-0.5).reshape(len(keys), -1, self.dim), keys.mT).softmax(-1)
         return torch.bmm(weights, values).view(q.shape)
 
-def gather_chunk(
-    tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, length: int, how: Condition, rt: Runtime
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+def gather_chunk(tokens: Tensor, starts: np.ndarray, left: np.ndarray, places: np.ndarray, length: int, how: Condition,
+                 rt: Runtime) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(ids (B, T), targets (B, S), where in the window they are predicted, where in the stream, whether they exist).
-
     Chunks of C predictions, or all that are `left`, begin `places` tokens into the documents at `starts`. Inputs are
-    [max(0, end - W), end) before the chunk's end or, when streaming, the chunk; beyond, a last token that nobody sees.
-    """
+    [max(0, end - W), end) before the chunk's end or, if streaming, the chunk; beyond, a last token that nobody sees."""
     ends = places + np.minimum(left, how.chunk)
     begins = places if how.stream else np.maximum(ends - how.window, 0)
     start, begin, end, place = rt.upload(np.stack((starts, begins, ends, places)))[:, :, None]
@@ -1242,14 +1254,11 @@ def gather_chunk(
     at = None if length <= how.chunk and (begins == places).all() else place - begin  # None: everywhere
     return ids, tokens[start + place + 1].long(), at, start + place, live
 
-def score_then_learn(
-    model: GPT, chunk: tuple, rows: Tensor | slice, adapters: DocumentAdapters | None, memory: Any, learn: bool
-) -> Tensor:
+def score_then_learn(model: GPT, chunk: tuple, rows: Tensor | slice, adapters: DocumentAdapters | None,
+                     memory: Memory | None, learn: bool) -> Tensor:  # fmt: skip
     """Losses (B, S) of a chunk under the adapters as they are; only then, if `learn`, one step on those same tokens.
-
     This order is the law of the game, and this is the only place that learns: the score of a token must come from a
-    state that has never seen it. `rows` are the seats of the batch: all the first ones, as a slice, or those listed.
-    """
+    state that has never seen it. `rows` are the seats of the batch: all the first ones, as a slice, or those listed."""
     ids, targets, at, _, live = chunk
     with torch.set_grad_enabled(learn):
         flat = adapters.flat[rows].detach().requires_grad_(learn) if adapters else None
@@ -1257,24 +1266,18 @@ def score_then_learn(
             memory.turn(rows)
         losses = model(ids, targets, at, adapters.pairs(flat) if adapters else NO_LORA, memory)
         if learn:
-            # The sum keeps documents apart: no document's mean loss reaches another's row of `flat`.
-            mean_losses = (losses * live).sum(1) / live.sum(1)
+            mean_losses = (losses * live).sum(1) / live.sum(1)  # summed: no document's reaches another's row of `flat`
             adapters.adam(rows, torch.autograd.grad(mean_losses.sum(), flat)[0])
     return losses.detach()
 
 def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(document, number of its chunk) for each seat still taken, turn after turn; the seats taken are the first ones.
-
     Every seat gets its `documents` in advance, the longest to the one that is free first: nobody waits for the longest
-    of all, and what a seat owns never has to move.
-    """
-    lanes = [documents[share] for share in share_documents(chunks[documents], seats)]
+    of all, and what a seat owns never has to move."""
+    lanes, done = (documents[share] for share in share_documents(chunks[documents], seats)), np.zeros_like(chunks)
     lanes = sorted((np.repeat(lane, chunks[lane]) for lane in lanes), key=len, reverse=True)
-    plan, done = np.full((max(map(len, lanes), default=0), seats), -1), np.zeros_like(chunks)
-    for seat, lane in enumerate(lanes):
-        plan[: len(lane), seat] = lane
-    for turn in plan:
-        taken = turn[turn >= 0]
+    for turn in itertools.zip_longest(*lanes, fillvalue=-1):
+        taken = np.array([document for document in turn if document >= 0])
         yield taken, done[taken]
         done[taken] += 1
 
@@ -1282,11 +1285,9 @@ def plan_seats(documents: np.ndarray, chunks: np.ndarray, seats: int) -> Iterato
 LENGTHS = np.unique(np.floor(1.05 ** np.arange(250)).astype(np.int64))
 
 def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Iterator[tuple[np.ndarray, bool, int]]:
-    """Rows whose windows run together, whether they are learned from, and the length that they are filled up to.
-
-    A document's last chunk teaches nobody. A length never depends on the other documents, since rounding does on it. A
-    stream is one group, in which a last chunk may be learned from, too; what it taught is forgotten unheard.
-    """
+    """Rows whose windows run together, whether they are learned from, and the length that they are filled up to. A
+    document's last chunk teaches nobody. A length never depends on the other documents, since rounding does on it. A
+    stream is one group, in which a last chunk may be learned from, too; what it taught is forgotten unheard."""
     inputs = np.minimum(places + np.minimum(left, how.chunk), how.window)
     more = (left > how.chunk) & bool(how.targets)
     lengths = np.where(more, inputs, np.minimum(LENGTHS[np.searchsorted(LENGTHS, inputs)], how.window))
@@ -1297,60 +1298,59 @@ def group_windows(left: np.ndarray, places: np.ndarray, how: Condition) -> Itera
 
 class Progress:
     """Documents that an evaluation has finished, on disk for the next attempt; and its seconds, which may be limited.
-
     Every rank of every attempt writes a file of its own, and rank 0 reads them all. Their names begin with `stem`,
-    which holds a hash of all that decides the scores: a file that is found fits.
-    """
-
+    which holds a hash of all that decides the scores: a file that is found fits."""
     def __init__(self, stem: Path, limit: float, rt: Runtime) -> None:
         self.stem, self.limit, self.rt, self.earlier, self.turns, self.began = stem, limit, rt, 0.0, 0, rt.seconds()
         self.path, self.due = stem.with_name(f"{stem.name}.{time.time_ns()}.{rt.rank}.part"), self.began + 5
 
-    def files(self) -> list[Path]:
-        """Those of all ranks and attempts."""
-        return sorted(self.stem.parent.glob(f"{self.stem.name}.*.part"))
-
     def recall(self, ledger: Tensor, starts: np.ndarray, predictions: np.ndarray) -> np.ndarray:
         """Enter what is known into rank 0's ledger. Returns the documents that are left to score, on every rank."""
-        for path in self.files() if self.rt.rank == 0 else ():
-            with contextlib.suppress(UserError):  # a damaged file: what it held is scored again
+        for path in sorted(self.stem.parent.glob(f"{self.stem.name}.*.part")) if self.rt.rank == 0 else ():
+            try:
                 part = load_state(path)
-                ledger[:, part["at"].to(ledger.device)] = part["entries"].to(ledger.device)
-                self.earlier += part["seconds"]
+                at, entries, seconds = part["at"], part["entries"].to(ledger.device), float(part["seconds"])
+                require(entries.isfinite().all() and (entries[1] == 1).all(), "its scores are impossible")
+                ledger[:, at.to(ledger.device)] = entries
+                self.earlier += seconds
+            except Exception as error:  # what a damaged file held is scored again
+                self.rt.log(f"warning: skipped {path}: {error!r:.300}")
         self.earlier = self.rt.from_rank0(self.earlier)
-        self.owner, self.offset = np.repeat(np.arange(len(starts)), predictions), int(starts[0])  # of each position
-        times = self.rt.sum(ledger[1].clone())[self.offset :][: len(self.owner)].cpu().numpy()
-        self.done = np.zeros(len(starts), dtype=bool)
-        return np.flatnonzero(np.bincount(self.owner, times, len(starts)) < predictions)
+        times = np.add.reduceat(self.rt.sum(ledger[1].clone()).cpu().numpy(), starts, dtype=np.int64)  # documents touch
+        self.first, self.sizes, self.done = int(starts[0]), predictions, np.zeros(len(starts), dtype=bool)
+        return np.flatnonzero(times < predictions)
+
+    def keep(self, ledger: Tensor) -> None:
+        """Write what is finished. `UserError` where a signal came."""
+        at, now = torch.from_numpy(np.flatnonzero(np.repeat(self.done, self.sizes)) + self.first), self.rt.seconds()
+        entries, seconds = ledger[:, at.to(ledger.device)].cpu(), 0.0 if self.rt.rank else now - self.began
+        self.rt.save(self.path, {"at": at, "entries": entries, "seconds": seconds})
+        self.due = now + max(5.0, 50 * (self.rt.seconds() - now))  # so that it takes a fiftieth of the time at most
+        require(not self.rt.heard, f"what is finished is kept in {self.stem.parent}")
 
     def turn(self, ledger: Tensor, finished: np.ndarray) -> bool:
-        """After each turn: keep what is `finished` now and then. Whether to go on; `UserError` where a signal came."""
+        """After each turn: keep what is `finished` now and then. Returns whether there is time for one more."""
         self.done[finished], self.turns, now = True, self.turns + 1, self.rt.seconds(wait=self.limit > 0)
-        over = 0 < self.limit < self.earlier + (now - self.began) * (1 + 1 / self.turns)  # with one turn more
+        over = 0 < self.limit < self.earlier + (now - self.began) * (1 + 1 / self.turns)
         if now > self.due or over or self.rt.heard:
-            at = torch.from_numpy(np.flatnonzero(self.done[self.owner]) + self.offset)
-            seconds = 0.0 if self.rt.rank else now - self.began
-            try:
-                save_state(self.path, {"at": at, "entries": ledger[:, at.to(ledger.device)].cpu(), "seconds": seconds})
-            except OSError as error:
-                if self.rt.heard:
-                    raise
-                self.rt.log(f"warning: what is finished is not kept, the evaluation goes on: {error}")
-            cost = self.rt.seconds() - now
-            self.due = now + max(5.0, 50 * cost)  # so that it takes a fiftieth of the time at most
-        if self.rt.heard:
-            raise UserError(f"what is finished is kept in {self.stem.parent}")
+            self.keep(ledger)
         return not over
 
-def fill_ledger(
-    model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
-) -> tuple[Tensor, int]:
-    """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens.
+    def wait(self, ledger: Tensor) -> None:
+        """For the other ranks, after the last turn: here signals are heard, as they are not inside a reduction."""
+        names, end = [f"{self.stem.name} {rank}" for rank in range(self.rt.world)], time.monotonic() + self.rt.patience
+        self.rt.store.set(names[self.rt.rank], "")
+        while not self.rt.store.check(names) and time.monotonic() < end:
+            if self.rt.heard:
+                self.keep(ledger)
+            time.sleep(0.02)
 
-    With targets, each document owns adapters that take one Adam step after each chunk that another one follows.
-    Documents, but those that `progress` knows, are shared over the ranks by work, and run side by side as `plan_seats`
-    has it. Returns the `ledger` of `Score.tally` and how many positions were computed, the same on every rank.
-    """
+def fill_ledger(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime,
+                progress: Progress | None = None) -> tuple[Tensor, int]:  # fmt: skip
+    """Score every document by itself, chunk after chunk, each chunk with its context of earlier tokens. With targets,
+    each document owns adapters that take one Adam step after each chunk that another one follows. Documents, but those
+    that `progress` knows, are shared over the ranks by work, and run side by side as `plan_seats` has it. Returns the
+    `ledger` of `Score.tally` and how many positions were computed, the same on every rank."""
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
     ledger, computed = torch.zeros(2, len(docs.tokens) - 1, device=rt.device), 0
@@ -1364,8 +1364,7 @@ def fill_ledger(
             if len(fresh := np.flatnonzero(numbers == 0)):
                 for owned in filter(None, (adapters, memory)):
                     owned.reset(rt.upload(fresh))
-            places = numbers * how.chunk
-            left = predictions[documents] - places
+            places, left = numbers * how.chunk, predictions[documents] - numbers * how.chunk
             for rows, learn, length in group_windows(left, places, how):
                 chunk = gather_chunk(docs.tokens, starts[documents[rows]], left[rows], places[rows], length, how, rt)
                 seated = rt.upload(rows) if len(rows) < len(documents) else slice(len(rows))
@@ -1379,26 +1378,24 @@ def fill_ledger(
                 bar.set_postfix_str(f"bpb:{bits / count:.4f}", refresh=False)
             if progress and not progress.turn(ledger, documents[left <= how.chunk]):
                 break
+    if progress and rt.world > 1:
+        progress.wait(ledger)
     return rt.sum(ledger), int(rt.sum(torch.tensor(computed, device=rt.device)).item())
 
-def evaluate(
-    model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Progress | None = None
-) -> Score:
+def evaluate(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime, progress: Any = None) -> Score:
     """The score of the whole validation stream under one condition, the same on every rank."""
     ledger, computed = fill_ledger(model, docs, how, cfg, rt, progress)
     limited = progress is not None and progress.limit > 0
     return replace(Score.tally(ledger, docs, how, cfg.ttt_chunk_size, limited), computed=computed)
 
 # ==== Audits: what makes a score worth believing ======================================================================
-def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProcessor, rt: Runtime) -> None:
+def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceProcessor, rt: Runtime) -> None:
     """Hold the bytes of up to 256 documents, evenly spread, against their decoded text; `UserError` names the piece."""
     ids = range(tokenizer.vocab_size())  # what is expected comes from the tokenizer, nothing from the table
     silent = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
     text, byte = ~np.array(silent), np.array([tokenizer.is_byte(i) for i in ids])
     anchor = next(i for i in np.flatnonzero(text & ~byte).tolist() if tokenizer.decode([i]).strip())
-
-    def spell_out(pieces: list[int]) -> str:
-        """Their text, decoded behind an anchor, since the decoder drops spaces at the start of a text."""
+    def spell_out(pieces: list[int]) -> str:  # behind an anchor: the decoder drops spaces at the start of a text
         return tokenizer.decode([anchor, *pieces])[len(tokenizer.decode([anchor])) :]
 
     opening = np.array([text[i] and not byte[i] and spell_out([i]).startswith(" ") for i in ids])
@@ -1419,14 +1416,11 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: SentencePieceProce
 
 def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt: Runtime) -> str:
     """Score three documents twice; the second time all tokens of one and those after a cut in the others are random.
-
     What precedes a cut must score the same to the last bit (on GPUs, within `Runtime.noise`), else `UserError`: it saw
     a later token or another document. The first document, two chunks longer than a window, has the random one beside
     it; the third, of two chunks, meets what both left behind. Cuts fall inside the last chunk that is learned from, so
-    that learning before scoring shows (unless chunks are single tokens). Returns what every rank compared by itself.
-    """
-    picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3)
-    long = how.window // how.chunk + 2
+    that learning before scoring shows (unless chunks are single tokens). Returns what every rank compared by itself."""
+    picks, long = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3), how.window // how.chunk + 2
     predictions = np.minimum(docs.predictions[picks], np.array([long, long, 2]) * how.chunk)
     starts = np.cumsum(predictions + 1) - predictions - 1
     where = np.concatenate([docs.starts[d] + np.arange(n + 1) for d, n in zip(picks, predictions, strict=True)])
@@ -1443,9 +1437,8 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, cfg: Config, rt
     how = replace(how, batch=2, isolated=True)
     once, again = (fill_ledger(model, version, how, cfg, alone)[0][0][compared] for version in few)
     moved = (once - again).abs().max().item() if len(once) else 0.0
-    found = f"later tokens or other documents moved scores by up to {moved:g} nats"
-    line = f"audit causality: {found}; expected no change: this evaluation leaks, its score is void"
-    require(moved <= rt.noise, line)  # not a number is no agreement either
+    line = f"later tokens or other documents moved scores by up to {moved:g} nats, not 0: it leaks, its score is void"
+    require(moved <= rt.noise, f"audit causality: {line}")  # not a number is no agreement either
     return f"documents:{len(set(picks))} compared:{len(once)}"
 
 # ==== Training ========================================================================================================
@@ -1471,20 +1464,18 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     return model if failure else forward
 
 class Trainer:
-    """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent.
-
-    A checkpoint holds all of it, and `identity`: the settings and hashes that a training must share to go on from it.
-    """
-
+    """What changes while training: weights, optimizers, place in the token stream, step, milliseconds spent. A
+    checkpoint holds all of it, and `identity`: the settings and hashes that a training must share to go on from it."""
     def __init__(self, model: GPT, stream: TokenStream, cfg: Config, rt: Runtime, hashes: Mapping[str, str]) -> None:
         self.model, self.forward, self.stream, self.cfg, self.rt = model, model, stream, cfg, rt
         self.step, self.elapsed_ms, self.mark, self.saved_ms = 0, 0.0, 0.0, 0.0
         self.params = {name: p for name, p in model.named_parameters() if p.numel()}  # one layer: no skip weights
         # Step and place of the first gradient or weight that is not finite, as one number: on the device, seldom read.
         self.fault = self.no_fault = torch.tensor(2**62, device=rt.device)
-        self.optimizers = build_optimizers(model, cfg, rt)
-        names = [f.name for f in fields(cfg)]
-        names = names[names.index("seed") : names.index("grad_clip_norm") + 1]
+        self.optimizers, self.cap_ms = build_optimizers(model, cfg, rt), 1000 * (cfg.max_wallclock_seconds or math.inf)
+        others = [p for p in self.params.values() if p not in self.optimizers[0].state]
+        self.others = [others[rank :: rt.world] for rank in range(rt.world)]  # those of Adam, by who averages gradients
+        names = (every := list(vars(cfg)))[every.index("seed") : every.index("grad_clip_norm") + 1]
         shared = {"grad_accum_steps": rt.world * cfg.grad_accum_steps, "dtype": rt.dtype}  # ranks share micro-steps
         decisive = {name: getattr(cfg, name) for name in names} | shared
         self.identity = {name.upper(): spell(value) for name, value in decisive.items()} | dict(hashes)
@@ -1500,26 +1491,30 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether ITERATIONS or MAX_WALLCLOCK_SECONDS are used up: the same on every rank."""
-        cap = 1000 * (self.cfg.max_wallclock_seconds or math.inf)
-        return self.step >= self.cfg.iterations or self.elapsed_ms >= cap
+        return self.step >= self.cfg.iterations or self.elapsed_ms >= self.cap_ms
 
     def train_step(self) -> Tensor:
         """One optimizer step over TRAIN_BATCH_TOKENS. Returns this rank's mean loss, () fp32, still on the device."""
-        cfg, total = self.cfg, torch.zeros((), device=self.rt.device)
+        cfg, muon, total = self.cfg, self.optimizers[0], torch.zeros((), device=self.rt.device)
         for _ in range(cfg.grad_accum_steps):
             loss = self.forward(*self.stream.next_batch(cfg, self.rt)).mean() / cfg.grad_accum_steps
             loss.backward()
             total += loss.detach()
-        grads = [p.grad for p in self.params.values()]
+        # A gradient's mean is one rank's to make: a matrix's its owner's, which alone needs it; others then go to all.
+        grads = [[p.grad for p in (*own, *other)] for own, other in zip(muon.shares, self.others, strict=True)]
         self.rt.average(grads)
         if cfg.grad_clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip_norm)
-        scale, self.optimizers[0].param_groups[0]["momentum"] = schedule(self.step, self.elapsed_ms, cfg)
+            own = grads[self.rt.rank]
+            norm = self.rt.sum(sum((grad.float().square().sum() for grad in own), 0 * total)).sqrt()
+            torch._foreach_mul_(own, (cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.rt.exchange([[p.grad for p in other] for other in self.others])
+        scale, muon.param_groups[0]["momentum"] = schedule(self.step, self.elapsed_ms, cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
             optimizer.step()
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([*grads, *self.params.values()])])
+        seen = [*(p.grad for p in self.params.values()), *self.params.values()]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(seen)])
         place = self.step * len(norms) + torch.arange(len(norms), device=self.rt.device)
         self.fault = torch.minimum(self.fault, torch.where(norms.isfinite(), self.no_fault, place).min())
         self.model.zero_grad(set_to_none=True)
@@ -1528,7 +1523,7 @@ class Trainer:
 
     def refuse_faults(self) -> None:
         """`AgreedError` if a gradient or a weight has not been finite; a loss that is not makes such gradients."""
-        if (fault := int(self.fault)) < int(self.no_fault):
+        if (fault := min(self.rt.gather(int(self.fault)))) < int(self.no_fault):  # of all: owners know more
             what = [f"{kind} {name}" for kind in ("the gradient of", "the weight") for name in self.params]
             step, place = divmod(fault, len(what))
             lost = f"the last good state is that after step {step}; nothing was exported"
@@ -1540,29 +1535,36 @@ class Trainer:
         step, position = self.step, self.stream.position
         for _ in range(self.cfg.warmup_steps):
             self.train_step()
-        for name, tensor in self.tensors().items():
-            tensor.copy_(start[name])
+        copy_tensors(self.tensors(), start, "")
         self.step, self.stream.position, self.fault = step, position, self.no_fault
 
     def save(self) -> None:
-        """Rank 0 writes a checkpoint and keeps the last two of this run. A full disk ends no training."""
+        """Rank 0 writes a checkpoint and keeps the last two of this run."""
         self.refuse_faults()
+        muon = self.optimizers[0]  # a checkpoint holds the momentum of all matrices, whatever the number of ranks
+        self.rt.exchange([[muon.state[p]["buffer"] for p in share] for share in muon.shares])
         self.saved_ms, counts = self.elapsed_ms, (self.step, self.elapsed_ms, self.stream.position)
         state = {"identity": self.identity, "tensors": self.tensors(), "rng": torch.get_rng_state(), "counts": counts}
-        try:
-            if self.rt.rank == 0:
-                save_state(Path(self.cfg.out_dir, f"checkpoints/{self.rt.run_id}.step{self.step:09d}.pt"), state)
-                for old in find_checkpoints(self.cfg, self.rt.run_id)[2:]:
+        if self.rt.rank == 0:
+            path = Path(self.cfg.out_dir, f"checkpoints/{self.rt.run_id}.step{self.step:09d}.pt")
+            self.rt.save(path, state)
+            for old in [old for old in find_checkpoints(self.cfg, self.rt.run_id) if old != path][1:]:
+                with contextlib.suppress(OSError):
                     old.unlink()
-        except OSError as error:
-            if self.rt.signal:
-                raise
-            self.rt.log(f"warning: no checkpoint after step {self.step}, the training goes on: {error}")
 
     def resume(self) -> None:
-        """Go on from where RESUME says; `auto` passes over damaged files. `UserError` for what does not fit."""
+        """Go on from where RESUME says, on all ranks as rank 0 has read it. `AgreedError` for what does not fit."""
+        self.rt.together(lambda: self.rt.rank or self.read_checkpoint())
+        mine = self.step, self.elapsed_ms, self.stream.position, torch.get_rng_state()
+        self.step, self.elapsed_ms, self.stream.position, rng = self.rt.gather(mine)[0]
+        torch.set_rng_state(rng)
+        self.rt.spread(self.tensors().values())
+
+    def read_checkpoint(self) -> None:
+        """Take everything from the checkpoint that RESUME names; `auto` passes over damaged ones. `UserError`."""
         auto = self.cfg.resume == "auto"
-        for path in find_checkpoints(self.cfg) if auto else [Path(self.cfg.resume)]:
+        found = find_checkpoints(self.cfg, self.rt.run_id) or find_checkpoints(self.cfg)  # its own before another's
+        for path in found if auto else [Path(self.cfg.resume)]:
             try:
                 state = load_state(path)
                 break
@@ -1571,24 +1573,16 @@ class Trainer:
                 self.rt.log(f"warning: skipped {error}")
         else:
             return self.rt.log("resume: found no checkpoint; starting anew")
-        try:
-            (step, elapsed, position), theirs, mine = state["counts"], state["identity"], self.identity
-            own = self.tensors()
+        with refusing(path, "the same settings and data; set them back, or leave out RESUME"):
+            theirs, mine = state["identity"], self.identity
             differ = sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name))
             found = ", ".join(f"{name}={theirs.get(name)!s:.64} (now {mine.get(name)!s:.64})" for name in differ)
             require(not differ, f"it was made under {found}")
-            extra = sorted(state["tensors"].keys() - own.keys())
-            require(not extra, f"it has {extra[:1]!s:.80}, this training has not")
-            for name, tensor in own.items():
-                other = state["tensors"][name]
-                fits = (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
-                require(fits, f"{name} is {other.dtype} {tuple(other.shape)}")
-                tensor.copy_(other)
+            require(all(0 <= count <= 1e18 for count in state["counts"]), "its counts are impossible")
+            copy_tensors(self.tensors(), state["tensors"], path)
             torch.set_rng_state(state["rng"])
-            require(0 <= step <= 1e18 and 0 <= elapsed <= 1e18 and 0 <= position <= 1e18, "its counts are impossible")
+            step, elapsed, position = state["counts"]
             self.step, self.elapsed_ms, self.stream.position = int(step), float(elapsed), int(position)
-        except Exception as error:  # whatever a forged checkpoint leads to
-            raise UserError(f"{path} does not fit: {error!s:.900}; set it back, or leave out RESUME") from None
         self.rt.log(f"resume:{path} step:{self.step}/{self.cfg.iterations} train_time:{self.elapsed_ms:.0f}ms")
 
     def tick(self, now: float) -> None:
@@ -1603,7 +1597,7 @@ class Trainer:
 
 def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
     """Train until the budget is used up, validating on the way, outside the clock. `AgreedError` after a signal."""
-    cfg, rt, cap = trainer.cfg, trainer.rt, 1000 * (trainer.cfg.max_wallclock_seconds or math.inf)
+    cfg, rt, cap_ms = trainer.cfg, trainer.rt, trainer.cap_ms
     if not trainer.finished:
         trainer.forward = compile_forward(trainer.model, cfg, rt)
         trainer.warm_up()
@@ -1624,11 +1618,10 @@ def train(trainer: Trainer, validate: Callable[[], Score]) -> None:
             late = cfg.checkpoint_seconds and trainer.elapsed_ms - trainer.saved_ms >= 1000 * cfg.checkpoint_seconds
             if late or rt.signal or (cfg.checkpoint_every and trainer.step % cfg.checkpoint_every == 0):
                 trainer.save()
-            if rt.signal:
-                raise AgreedError(f"after step {trainer.step} of {cfg.iterations}")
+            require(not rt.signal, f"after step {trainer.step} of {cfg.iterations}", AgreedError)
             tokens = trainer.step * cfg.train_batch_tokens
             bar.set_postfix_str(f"{1000 * tokens / trainer.elapsed_ms:,.0f} tokens/s", refresh=False)
-            bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap) - bar.n)  # the scarcer budget
+            bar.update(max(trainer.step / cfg.iterations, trainer.elapsed_ms / cap_ms) - bar.n)  # the scarcer budget
     trainer.tick(rt.seconds())
     trainer.refuse_faults()
     if trainer.step < (most := cfg.iterations):
@@ -1639,18 +1632,16 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
     """(`cfg` with MODEL_PATH's shape, its weights, training stream, documents, hashes by file), or `UserError`."""
     weights = read_weights(cfg.model_path) if cfg.model_path else None
     if weights is not None:
-        cfg = shape_from_weights(weights, cfg, cfg.model_path)
-        check_config(cfg, rt.world)
+        cfg = check(shape_from_weights(weights, cfg, cfg.model_path), rt.world)
     train = [] if cfg.eval_only else open_shards(cfg.data_path, "fineweb_train_*.bin")
-    val, hashes = open_shards(cfg.data_path, "fineweb_val_*.bin"), {}
-    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    val, tokenizer = open_shards(cfg.data_path, "fineweb_val_*.bin"), load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    hashes = {"tokenizer": sha256(read_file(cfg.tokenizer_path)).hexdigest()}
     for shard in (*val, *train[rt.rank :: rt.world]):  # the ranks share the reading
         top, most = int(shard.max()), cfg.vocab_size - 1
         require(top <= most, f"{shard.filename}: token id {top}, expected ids up to {most}; take its own tokenizer")
         hashes[Path(shard.filename).name] = sha256(Path(shard.filename).read_bytes()).hexdigest()
     table = ByteTable.build(tokenizer)
     docs = split_documents(np.concatenate(val), tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
-    hashes["tokenizer"] = sha256(read_file(cfg.tokenizer_path)).hexdigest()
     rt.log(f"sha256 tokenizer:{hashes['tokenizer']}")
     for name in (name for name in hashes if "_val_" in name):
         rt.log(f"sha256 val:{hashes[name]} {name}")
@@ -1659,10 +1650,11 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
 
 def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
-    scores, rungs, kept = {}, ladder(docs, cfg, rt), []
-    rt.together(lambda: load_weights(model, read_weights(path), path))
-    artifact, code = path.read_bytes(), source_code().encode()
-    size, digest, budget = len(artifact) + len(code), sha256(artifact).hexdigest(), cfg.artifact_budget
+    scores, rungs, stems = {}, ladder(docs, cfg, rt), []
+    rt.together(lambda: rt.rank or copy_tensors(model.state_dict(), read_weights(path), path))
+    rt.spread(model.state_dict().values())  # only rank 0 needs to see OUT_DIR
+    artifact, code = rt.gather(None if rt.rank else path.read_bytes())[0], source_code().encode()
+    digest, size, budget = sha256(artifact).hexdigest(), len(artifact) + len(code), cfg.artifact_budget
     rt.log(f"sha256 artifact:{digest} {path.name}")
     verdict = "PASS" if size <= budget else "FAIL"
     rt.log(f"submission_size:{size} budget:{budget} headroom:{budget - size} {verdict}")
@@ -1671,9 +1663,10 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, cfg, rt))
             rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
-        key = sha256(repr((digest, code, hashes, how, cfg.seed, rt.dtype, cfg.max_val_docs)).encode()).hexdigest()
-        stem = Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}")
-        kept.append(progress := Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
+        decisive = digest, code, hashes, how, cfg.seed, rt.dtype, rt.device.type, cfg.max_val_docs
+        key = sha256(repr(decisive).encode()).hexdigest()
+        stems.append(stem := Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}"))
+        progress = Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt)
         score = scores[name] = evaluate(model, docs, how, cfg, rt, progress)
         spent, (_, tokens, size) = 1000 * (progress.earlier + rt.seconds() - progress.began), score.totals
         rt.suffix = " partial" if cfg.max_val_docs or score.missing else ""
@@ -1693,8 +1686,8 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
     if cfg.scores_path:
         rt.together(lambda: write_scores(Path(cfg.out_dir, cfg.scores_path), scores, rt))
     if rt.rank == 0 and not any(score.missing for score in scores.values()):
-        for path in (path for progress in kept for path in progress.files()):
-            path.unlink()
+        for path in (path for stem in stems for path in stem.parent.glob(f"{stem.name}.*.part")):
+            path.unlink(missing_ok=True)
 
 def run(cfg: Config, rt: Runtime) -> None:
     """Load, train, export, score."""
@@ -1704,7 +1697,7 @@ def run(cfg: Config, rt: Runtime) -> None:
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.dtype).to(rt.device)
     if weights is not None:
-        rt.together(lambda: load_weights(model, weights, cfg.model_path))
+        rt.together(lambda: copy_tensors(model.state_dict(), weights, cfg.model_path))
     names = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
     shape = " ".join(f"{name}:{getattr(cfg, name)}" for name in names)
     rt.log(f"model_params:{sum(p.numel() for p in model.parameters())} {shape}")
@@ -1712,7 +1705,7 @@ def run(cfg: Config, rt: Runtime) -> None:
     if not cfg.eval_only:
         trainer = Trainer(model, stream, cfg, rt, hashes)
         if cfg.resume:
-            rt.together(trainer.resume)
+            trainer.resume()
         train(trainer, lambda: evaluate(model, docs, flat, cfg, rt))
         trainer.save()
     if not cfg.eval_only or artifact.suffix != ".ptz":  # before any long evaluation: a finished training is never lost
@@ -1727,21 +1720,21 @@ def main() -> int:
     try:
         cfg = read_config(os.environ)
         rt = Runtime.create(cfg, os.environ)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, rt.hear)
+        rt.listen()
         run(cfg, rt)
     except Exception as error:
         known, agreed, status = isinstance(error, (UserError, OSError)), isinstance(error, AgreedError), 1
-        line = str(UserError(error)) if known else f"{error!r:.160}"
-        line = f"error: {line}" if agreed or not rt or rt.world == 1 else f"error: rank {rt.rank}: {line}"
-        if number := rt and (rt.heard or rt.signal):  # torchrun sends SIGTERM, too, where another rank is gone
-            gone = rt.lost_ranks() if rt.world > 1 else ""
-            told = f"error: {gone}" if gone else f"stopped by {signal.Signals(number).name}: "
-            line = line.replace("error: ", told, 1)
+        line, number, gone = str(UserError(error)) if known else f"{error!r:.300}", rt and (rt.heard or rt.signal), ""
+        if rt and rt.world > 1:
+            line = line if agreed else f"rank {rt.rank}: {line}"
+            # torchrun sends SIGTERM, too, where another rank is gone; and a broken connection does not say whose.
+            gone = rt.lost_ranks(wait=bool(number) or isinstance(error, RuntimeError))
+        if number or gone:
             line, status = f"{line}; go on with RESUME=auto and the same settings", 1 if gone else 75
-        if os.environ.get("RANK", "0") == "0" or not agreed:
+        line = f"stopped by {signal.Signals(number).name}: {line}" if status == 75 else f"error: {gone}{line}"
+        if os.environ.get("LOCAL_RANK" if rt is None else "RANK", "0") == "0" or not agreed:
             print(line, file=sys.stderr, flush=True)
-            with contextlib.suppress(AttributeError, OSError):  # no log yet; a full disk takes no last line
+            with contextlib.suppress(AttributeError, OSError, UserError):  # no log yet; a full disk takes no last line
                 rt.log(line, console=False)
         if not known and not number:
             traceback.print_exc()

@@ -61,7 +61,7 @@ def record_pack(content: Mapping[str, Any]) -> bytes:
 def flat(bench: Bench, state: Mapping[str, Tensor]) -> float:
     """Bits per byte of these weights on the flat validation stream."""
     model = copy.deepcopy(bench.model)
-    tg.load_weights(model, state, "")
+    tg.copy_tensors(model.state_dict(), state, "")
     return tg.evaluate(model, bench.docs, bench.condition("flat"), bench.cfg, bench.rt).bpb
 
 

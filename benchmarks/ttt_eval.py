@@ -52,7 +52,7 @@ class Bench:
             rt = replace(tg.Runtime.create(replace(cfg, out_dir=folder), {}), log_path=None)
         cfg, weights, _, documents, _ = tg.load_inputs(cfg, rt)
         model = tg.GPT(cfg, rt.dtype)
-        tg.load_weights(model, weights, artifact)
+        tg.copy_tensors(model.state_dict(), weights, artifact)
         return cls(model, documents, cfg, rt)
 
     def condition(self, name: str) -> tg.Condition:

@@ -416,6 +416,10 @@ def make_shards(jsonl: Path, out: Path, val_docs: int, seed: int, vocab_size: in
     """
     for path in filter(None, (jsonl, model)):
         refuse_endless(path)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: found no seed of numpy; expected a number from 0 to {2**32 - 1}")
+    if vocab_size and vocab_size > MAX_VOCAB:
+        raise ValueError(f"--vocab-size {vocab_size}: found more ids than 16 bits hold; expected at most {MAX_VOCAB}")
     earlier = earlier_shards(out)
     proto = model.read_bytes() if model else None
     if model:  # refuse a wrong tokenizer now, not after an hour of indexing

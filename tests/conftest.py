@@ -48,7 +48,7 @@ def run_script(out_dir, ranks=0, script=ROOT / "train_gpt.py", **settings):
     env = {key: value for key, value in env.items() if value is not None}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     command = [sys.executable, *torchrun, str(script)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=out_dir)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500, cwd=out_dir)
 
 
 def changed_script(folder, old, new):

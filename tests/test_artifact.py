@@ -258,7 +258,7 @@ def test_export_writes_both_files_and_their_sizes(rt, tmp_path, capsys):
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
     unpacked = tg.read_weights(path)
     fresh = tg.GPT(tg.shape_from_weights(unpacked, tg.Config(), "x"), rt.dtype)
-    tg.load_weights(fresh, unpacked, path)
+    tg.copy_tensors(fresh.state_dict(), unpacked, path)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -313,8 +313,8 @@ def test_weights_that_do_not_fit_are_named(rt):
         ({"surprise": torch.ones(1)}, r"surprise: found \(1,\), expected no such tensor"),
     ):
         with pytest.raises(tg.UserError, match=message):
-            tg.load_weights(model, good | change, "file.pt")
+            tg.copy_tensors(model.state_dict(), good | change, "file.pt")
     with pytest.raises(tg.UserError, match="skip_weights: found no such tensor"):
-        tg.load_weights(model, {n: t for n, t in good.items() if n != "skip_weights"}, "file.pt")
-    with pytest.raises(tg.UserError, match="not the weights of this model"):
+        tg.copy_tensors(model.state_dict(), {n: t for n, t in good.items() if n != "skip_weights"}, "file.pt")
+    with pytest.raises(tg.UserError, match="expected the weights of this model"):
         tg.shape_from_weights({"w": torch.ones(2)}, cfg, "file.pt")

@@ -9,8 +9,10 @@ import invariance
 import numpy as np
 import pytest
 import rate_distortion
+import train_step
 import ttt_eval
 from conftest import CONFORMANCE, CPU, tiny_config, tiny_table
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
 
@@ -123,3 +125,55 @@ def test_quantisation_is_timed(capsys):
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
     assert [row[0].split(":")[0] for row in rows] == ["the record's", "ours", "ours", "ours"]
     assert all(float(row[1]) >= 0 for row in rows)
+
+
+def tiny_training(**settings):
+    """Three layers of width 32 on the conformance shards; rounding shows within 40 steps at the record's rates."""
+    rates = dict(tied_embed_lr=0.01, matrix_lr=0.02, scalar_lr=0.01)
+    base = tiny_config(vocab_size=1024, data_path=str(CONFORMANCE), iterations=100, warmdown_iters=0, **rates)
+    return replace(base, **dict(train_batch_tokens=1024) | settings)
+
+
+def test_both_loops_train_alike(rt, capsys):
+    """40 steps of the recipe written plainly and of ours; an error in either parts the trajectories."""
+    assert train_step.compare(tiny_training(), rt, 40, compiled=False) <= train_step.AGREEMENT
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip("| ") for cell in line.split(" | ")] for line in lines[3:-1]]
+    assert [row[0] for row in rows] == ["plain, eager", "plain, fp32 NS, eager", "ours, eager"]
+    assert all(float(cell.rstrip("%")) >= 0 for row in rows for cell in row[1:])
+    assert float(rows[2][8]) < float(rows[1][8]) and lines[-1].endswith("PASS")  # fewer operations
+    assert float(rows[2][9]) < 6.9 < np.log(1024)  # something was learned
+
+
+def test_trajectories_that_part_are_seen(rt, monkeypatch, capsys):
+    monkeypatch.setattr(tg, "orthogonalize", lambda x, steps: -x)
+    assert train_step.compare(tiny_training(), rt, 20, compiled=False) > train_step.AGREEMENT
+    assert capsys.readouterr().out.splitlines()[-1].endswith("FAIL")
+
+
+def test_model_flops_are_those_that_torch_counts(rt):
+    """Beside torch's counter, which sees the masked half of attention as well, so far as blocks compute it."""
+    cfg = tiny_training(train_seq_len=64, train_batch_tokens=64, grad_accum_steps=1)
+    trainer = train_step.make_trainer(cfg, rt)
+    with FlopCounterMode(display=False) as counter:
+        trainer.forward(*trainer.stream.next_batch(cfg, rt)).sum().backward()
+    masked = 6 * cfg.train_batch_tokens * cfg.num_layers * cfg.train_seq_len * cfg.model_dim
+    assert counter.get_total_flops() == train_step.model_flops(cfg) + masked
+
+
+def test_bytes_on_the_wire_are_the_fewest(capsys):
+    """What the kernel counts at the sockets of two ranks: ours near the minimum, the plain loop nearly twice."""
+    rows = {name: (count, same) for name, count, _, same in train_step.wire(tiny_training(dtype="float32"), 2, 3)}
+    ours, plain = train_step.least_bytes(tiny_training(), 2)
+    assert ours <= rows["ours"][0] <= 1.02 * ours + 4000 and rows["plain"][0] >= plain > 1.3 * ours
+    assert rows["ours"][1] and rows["plain"][1]
+    assert capsys.readouterr().out.count("| yes |") == 2
+
+
+def test_waiting_for_tokens_is_measured_across_a_switch_of_shards(rt, monkeypatch):
+    seen = []
+    read = tg.TokenStream.read
+    monkeypatch.setattr(tg.TokenStream, "read", lambda self, start, n: seen.append((start, n)) or read(self, start, n))
+    found = train_step.waits(tiny_training(), rt, 20, tokens=100_000)
+    assert len(found) == 2 and all(0 < median <= most < 1000 for median, most in found.values())
+    assert any(start < 100_000 < start + n for start, n in seen[len(seen) // 2 :])

@@ -1,5 +1,8 @@
 """Bits per byte: the table counts exactly the bytes of the decoded text, and sums divide what they say."""
 
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -61,6 +64,20 @@ def test_unusable_tokenizers_are_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(tg.UserError, match=r"TOKENIZER_PATH=.*expected the SentencePiece"):
         tg.load_tokenizer(str(path), 1024)
+
+
+def test_damaged_tokenizers_are_refused_or_work(tmp_path):
+    """300 copies with one bit flipped: some are no text any more, many still tokenise."""
+    blob, rng, refused = Path(TOKENIZER).read_bytes(), random.Random(5), 0
+    for _ in range(300):
+        damaged = bytearray(blob)
+        damaged[rng.randrange(len(blob) if rng.random() < 0.2 else 20_000)] ^= 1 << rng.randrange(8)
+        (path := tmp_path / "damaged.model").write_bytes(damaged)
+        try:
+            tg.ByteTable.build(tg.load_tokenizer(str(path), 1024))
+        except tg.UserError as error:
+            refused += "TOKENIZER_PATH" in str(error)
+    assert 0 < refused < 300
 
 
 def test_tokenizer_of_another_vocabulary_is_refused():

@@ -76,6 +76,7 @@ def test_micro_steps_keep_the_batch_whole(world, accum):
         ("WORLD_SIZE", "abc", "a whole number from 1 to 1e+18"),
         ("WORLD_SIZE", "0", "a whole number from 1 to 1e+18"),
         ("TTT_CHUNK_SIZE", "4096", "TTT_EVAL_SEQ_LEN="),
+        ("TTT_STREAM_CHUNK", "4096", "TTT_EVAL_SEQ_LEN="),
         ("MODEL_DIM", "100", "a multiple of 16"),
         ("NUM_KV_HEADS", "3", "a multiple of NUM_KV_HEADS=3"),
         ("TRAIN_BATCH_TOKENS", "500000", "the nearest is 499712"),

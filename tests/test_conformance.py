@@ -22,7 +22,7 @@ def artifact():
     rt = tg.Runtime(CPU, torch.bfloat16)
     cfg, weights, _, docs, _ = tg.load_inputs(tg.read_config(env), rt)
     model = tg.GPT(cfg, rt.dtype)
-    tg.load_weights(model, weights, "artifact")
+    tg.copy_tensors(model.state_dict(), weights, "artifact")
     return model, docs, cfg, rt
 
 
@@ -43,11 +43,11 @@ def test_ladder(artifact, name, tolerance):
 
 
 def test_training(tmp_path):
-    """120 steps from the given weights, run as a user runs them."""
+    """120 steps from the given weights, run as a user runs them: in bf16 where the processor multiplies it."""
     training = EXPECTED["training"]
     env = {name: str(value) for name, value in training["env"].items()}
     env |= {"MODEL_PATH": str(CONFORMANCE / "init.pt"), "TRAIN_LOG_EVERY": "1", "MAX_VAL_DOCS": None}
-    env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"]), "OMP_NUM_THREADS": "2", "DTYPE": "bfloat16"}
+    env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"]), "OMP_NUM_THREADS": "2"}
     done = run_script(tmp_path, **env)
     assert done.returncode == 0, done.stderr
     losses = [float(value) for value in re.findall(r"train_loss:([\d.]+)", done.stdout)]

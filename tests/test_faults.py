@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import uuid
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ from conftest import CONFORMANCE, ROOT, TINY_RUN, write_shard
 import train_gpt as tg
 
 TERM, INT, KILL, STOP, CONT = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
-LONG = 180  # seconds that nothing here takes
+LONG = 600  # seconds that nothing here takes, on a slow machine either
 
 # 40 short steps, then two evaluations of a second or two each in which documents end all the time.
 RUN = TINY_RUN | {
@@ -56,7 +55,7 @@ ARTIFACTS = ("final_model.pt", "final_model.int8.ptz")
 class Program:
     """The script as a process, or as several under torchrun, all of which are gone after the `with` block."""
 
-    def __init__(self, out, ranks=0, restarts=0, limit=None, **settings):
+    def __init__(self, out, ranks=0, restarts=0, limit=None, script=ROOT / "train_gpt.py", **settings):
         """Start it in the folder `out`; `limit` is the size in bytes that no file may exceed."""
         ours = {f.upper() for f in tg.Config.__dataclass_fields__} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
         self.mark = f"STARTED_BY_TEST={uuid.uuid4()}"
@@ -64,7 +63,7 @@ class Program:
         env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out)} | RUN | settings
         env |= dict([self.mark.split("=")])
         env = {key: value for key, value in env.items() if value is not None}
-        command = [sys.executable, str(ROOT / "train_gpt.py")]
+        command = [sys.executable, str(script)]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command[1:1] = [*torchrun, f"--max-restarts={restarts}"] if ranks else []
         out.mkdir(parents=True, exist_ok=True)
@@ -214,6 +213,7 @@ def same_end(program, base):
     assert scores(program) == scores(base)
     assert content(program.folder, *ARTIFACTS, "scores.csv") == content(base.folder, *ARTIFACTS, "scores.csv")
     assert checkpoints(program.folder)[-1] == checkpoints(base.folder)[-1] and not parts(program.folder)
+    assert not list(program.folder.rglob("*.tmp"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -259,15 +259,16 @@ MOMENTS = {
     "loading": (r"sha256 val:", 0.3, [11]),
     "training": (r"step:2/40 ", 0.5, [21, 22]),
     "late training": (r"step:34/40 ", 0.1, [31]),
-    "first checkpoint": (r".test.step000000005.pt.", 0.002, [41]),
-    "checkpoint": (r".test.step000000025.pt.", 0.004, [51]),
-    "last checkpoint": (r".test.step000000040.pt.", 0.003, [61]),
-    "weights": (r".final_model.pt.", 0.003, [71, 72]),
-    "artifact": (r".final_model.int8.ptz.", 0.002, [81]),
+    "first checkpoint": (r".test~test.step000000005.pt.", 0.002, [41]),
+    "checkpoint": (r".test~test.step000000025.pt.", 0.004, [51]),
+    "last checkpoint": (r".test~test.step000000040.pt.", 0.003, [61]),
+    "weights": (r".test~final_model.pt.", 0.003, [71, 72]),
+    "artifact": (r".test~final_model.int8.ptz.", 0.002, [81]),
     "ttt": (r"audit causality: condition:ttt", 1.0, [91, 92]),
     "stream": (r"audit causality: condition:stream", 0.7, [101, 102]),
-    "scores": (r".scores.csv.", 0.001, [111, 112]),
+    "scores": (r".test~scores.csv.", 0.001, [111, 112]),
 }
+UNMET = []  # cases in which this machine was too fast to be met while writing
 KILLS = [f"{name}-{seed}" for name, (_, _, seeds) in MOMENTS.items() for seed in seeds]
 
 
@@ -304,7 +305,7 @@ def kill_and_go_on(base, folder, case):
         if first := killed(folder / str(attempt), awaited, delay):
             break
     else:
-        warnings.warn(f"{case}: this machine writes too fast to be met while writing", stacklevel=2)
+        UNMET.append(case)
         first = run(folder / "whole")
     left = content(first.folder)
     return first, left, run(first.folder, **AUTO)
@@ -352,6 +353,41 @@ def test_auto_takes_the_newest_by_time(tmp_path, base):
     times = [int(ms) for ms in re.findall(r"train_loss:\S+ train_time:(\d+)ms", done.out)]
     before = re.search(r"^step:35/40 train_loss:\S+ train_time:(\d+)ms", base.out, re.M)[1]
     assert int(before) == int(resumed[1]) < times[0] and times == sorted(times)  # the clock goes on, too
+
+
+def test_auto_takes_its_own_before_another_runs(tmp_path, base):
+    """Which may be newer; without one of its own, the newest of all."""
+    out = continued(base, tmp_path, step(35), step(40))
+    (out / step(40)).rename(out / step(40).replace("test", "other"))
+    assert "step:35/40 train" in re.search("^resume:.*", run(out, **AUTO, **BRIEF).out, re.M)[0]
+    done = run(out, **AUTO | BRIEF | {"RUN_ID": "third"})
+    assert re.search(r"^resume:\S*test\.step000000040\.pt ", done.out, re.M)
+
+
+def test_a_clock_set_back_costs_no_checkpoint(tmp_path, base):
+    """Those of an earlier run that claim to be newer do not push out the one just written."""
+    out = continued(base, tmp_path, step(35))
+    for number in (50, 60):
+        shutil.copy(out / step(35), out / step(number))
+        os.utime(out / step(number), (time.time() + 3600,) * 2)
+    (start := out / "start.pt").write_bytes((out / step(35)).read_bytes())
+    run(out, RESUME=str(start), **BRIEF)
+    assert content(out, step(40)) and len(checkpoints(out)) == 2
+
+
+def test_rank_0_reads_the_checkpoint_for_all(tmp_path, base2):
+    """The second rank, which sees another folder without any, goes on from the same state."""
+    apart = tmp_path / "apart.py"
+    apart.write_text(f"""import os, runpy
+os.environ["OUT_DIR"] += os.environ["RANK"]
+runpy.run_path({str(ROOT / "train_gpt.py")!r}, run_name="__main__")
+""")
+    continued(base2, tmp_path / "out0", step(35))
+    with Program(tmp_path / "out", script=apart, **AUTO, **TWO, **BRIEF) as done:
+        done.end()
+    assert re.search(r"^resume:\S*out0\S* step:35/40 ", done.out, re.M)
+    assert losses(done) == {n: loss for n, loss in losses(base2).items() if n > 35}
+    assert content(tmp_path / "out0", *ARTIFACTS) == content(base2.folder, *ARTIFACTS)
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped"])
@@ -436,13 +472,16 @@ def test_a_signal_in_training_stops_after_the_step(tmp_path, base, number):
 @pytest.mark.parametrize("name", ["ttt", "stream"])
 def test_a_signal_in_evaluation_keeps_what_is_done(tmp_path, base, trained, name):
     """The next attempt, which need not ask for it, computes less and prints the same."""
-    with Program(tmp_path, **trained) as first:
-        first.line(f"audit causality: condition:{name}")
-        time.sleep(0.5)  # some of its documents end
-        first.kill(TERM)
-        first.end(75)
-    assert re.fullmatch(r"stopped by SIGTERM: .*\n", first.err) and first.log.endswith(first.err)
-    assert parts(tmp_path) and not (tmp_path / "scores.csv").exists()
+    for delay in (0.5, 1, 2, 4):  # until some of its documents have ended
+        with Program(tmp_path, **trained) as first:
+            first.line(f"audit causality: condition:{name}")
+            time.sleep(delay)
+            first.kill(TERM)
+            first.end(75)
+        assert re.fullmatch(r"stopped by SIGTERM: .*\n", first.err) and first.log.endswith(first.err)
+        assert parts(tmp_path) and not (tmp_path / "scores.csv").exists()
+        if any(len(tg.load_state(path)["at"]) for path in parts(tmp_path) if path.name.startswith(name)):
+            break
     done = run(tmp_path, **trained)
     assert scores(done) == scores(base)[1:]  # the first line is of the training
     assert content(tmp_path, "scores.csv") == content(base.folder, "scores.csv") and not parts(tmp_path)
@@ -459,9 +498,47 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, one, two):
         program.kill(one)
         time.sleep(1)
         assert program.process.poll() is None
-        program.kill(two)
+        ended(program, two)
         program.end(-two)
     assert not checkpoints(tmp_path) and not losses(program)
+
+
+def ended(program, number, pid=None):
+    """Send the signal once a second until its addressee is gone: on a busy machine an early one passes for an echo."""
+    for _ in range(20):
+        program.kill(number, pid)
+        for _ in range(100):
+            if program.process.poll() is not None if pid is None else pid not in program.family():
+                return
+            time.sleep(0.01)
+    raise AssertionError("it lives")
+
+
+def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path):
+    """Inside a reduction, which lets no handler of Python run until the other rank, here stopped, has come."""
+    with Program(tmp_path, CHECKPOINT_EVERY="0", **TWO, **ENDLESS) as program:
+        program.line("step:5/")
+        first, second = program.rank(0), program.rank(1)
+        program.kill(STOP, second)
+        time.sleep(1)
+        program.kill(TERM, first)
+        time.sleep(1)
+        assert first in program.family()
+        ended(program, TERM, first)
+        program.kill(KILL, second)
+        program.end(None)
+
+
+def test_a_rank_that_has_nothing_left_to_score_hears_signals(tmp_path, trained):
+    """One document for two ranks: the second waits, and is not taken for dead."""
+    long = {"MAX_VAL_DOCS": "4", "DATA_PATH": str(CONFORMANCE), "EVAL": "stream", "TTT_STREAM_CHUNK": "1"}
+    with Program(tmp_path, **TWO, **trained | long | {"TTT_BATCH_SIZE": "1"}) as first:
+        first.line("audit causality: condition:stream")
+        time.sleep(1)
+        first.kill(TERM)
+        first.end(None)
+    assert "stopped by SIGTERM: rank 0: what is finished is kept" in first.log
+    assert "stopped by SIGTERM: rank 1: what is finished is kept" in first.log and "error:" not in first.log
 
 
 @pytest.mark.parametrize("addressee", ["torchrun", 1])
@@ -515,6 +592,28 @@ def test_an_evaluation_out_of_time_says_so_and_can_go_on(tmp_path, base, trained
         assert positions(done, name) < positions(base, name)
 
 
+def test_damaged_parts_of_an_evaluation_are_scored_again(tmp_path, base, trained):
+    """Whatever is wrong with what an earlier attempt has kept: a warning, and the same scores."""
+    run(tmp_path, **trained, EVAL_MAX_SECONDS="0.6")
+    good = next(path for path in parts(tmp_path) if path.name.startswith("stream"))
+    state = tg.load_state(good)
+    wrong = {
+        "cut": good.read_bytes()[:-100],
+        "without": {"at": state["at"]},
+        "far": state | {"at": state["at"] + 10**9},
+        "twice": state | {"entries": state["entries"] * 2},
+        "endless": state | {"entries": state["entries"] * torch.tensor([[float("inf")], [1]])},
+        "text": state | {"seconds": "long"},
+    }
+    for number, bad in enumerate(wrong.values()):
+        path = good.with_name(good.name.replace(".0.part", f".{number + 1}.part"))
+        path.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, path)
+    done = run(tmp_path, **trained, EVAL_MAX_SECONDS="100")
+    assert len(re.findall(r"^warning: skipped \S*stream-\S*\.part: ", done.out, re.M)) == len(wrong)
+    assert scores(done) == scores(base)[1:] and not parts(tmp_path)
+    assert content(tmp_path, "scores.csv") == content(base.folder, "scores.csv")
+
+
 # ---- Ranks that are lost ---------------------------------------------------------------------------------------------
 
 
@@ -543,9 +642,10 @@ def test_a_killed_rank_ends_the_others(tmp_path, base2, moment):
         program.line(moment)
         time.sleep(0.2)
         program.kill(KILL, program.rank(1))
+        began = time.monotonic()
         program.end(None)
-        assert not program.family()
-    assert re.search(r"^error: .+", program.log, re.M), program.log[-2000:] + program.err
+        assert time.monotonic() - began < 60 and not program.family()
+    assert re.search(r"^error: no word from rank 1: rank 0: .*RESUME=auto", program.log, re.M), program.log[-2000:]
 
 
 def test_a_hanging_rank_is_given_up(tmp_path):
@@ -556,7 +656,7 @@ def test_a_hanging_rank_is_given_up(tmp_path):
         program.until(lambda: first not in program.family())
         program.kill(KILL, second)  # torchrun takes 30 s to do so
         program.end(None)
-    assert re.search(r"^error: .+", program.log, re.M), program.log[-2000:] + program.err
+    assert re.search(r"^error: no word from rank 1: rank 0: .*RESUME=auto", program.log, re.M), program.log[-2000:]
 
 
 # ---- Logs ------------------------------------------------------------------------------------------------------------
@@ -591,25 +691,44 @@ def refused_write(program, name):
     assert not list(program.folder.rglob("*.tmp")) and not list(program.folder.rglob(".*.tmp"))
 
 
-def test_no_room_for_the_log(tmp_path, base, trained):
-    """Neither at its start, nor, and that after the evaluation has begun, later on."""
-    for out, size in (("start", 50_000), ("later", len((base.folder / "logs" / "test.txt").read_bytes()))):
-        settings = trained | {"EVAL": "flat", "RUN_ID": "new", "SCORES_PATH": None}
-        folder = continued(base, tmp_path / out, *ARTIFACTS, "logs/test.txt")
-        if out == "later":  # as much as an undisturbed one needs, less its last line
-            size = len((base_log := run(tmp_path / "whole", **settings)).folder.joinpath("logs/new.txt").read_bytes())
-            size += 2 * (len(str(folder)) - len(str(base_log.folder))) - 20
-        done = run(folder, 1, **settings, limit=size)
-        refused_write(done, "logs/new.txt")
-        names = (*ARTIFACTS, "logs/test.txt")
-        assert content(folder, *names) == content(base.folder, *names)
+def test_no_room_for_the_head_of_the_log(tmp_path, base, trained):
+    settings = trained | {"EVAL": "flat", "RUN_ID": "new", "SCORES_PATH": None}
+    folder, names = continued(base, tmp_path, *ARTIFACTS, "logs/test.txt"), (*ARTIFACTS, "logs/test.txt")
+    refused_write(run(folder, 1, **settings, limit=50_000), "logs/new.txt")
+    assert content(folder, *names) == content(base.folder, *names)
+
+
+def test_no_room_for_more_of_the_log_ends_no_training(tmp_path, base):
+    """One warning, a log with gaps, and all else as ever: the disk has room again before the model is written."""
+    with Program(tmp_path, **BRIEF, CHECKPOINT_EVERY="0") as program:
+        program.line("step:2/")
+        program.limit((tmp_path / "logs" / "test.txt").stat().st_size)
+        program.line("step:30/")
+        program.limit(resource.RLIM_INFINITY)
+        program.end()
+    assert re.fullmatch(r"warning: .*logs/test\.txt: File too large; .*\n", program.err)
+    assert losses(program) == losses(base) and len(re.findall("train_loss", program.log)) < 40
+    assert content(tmp_path, *ARTIFACTS) == content(base.folder, *ARTIFACTS)
+
+
+def test_a_reader_that_leaves_ends_no_training(tmp_path, base):
+    """As in `python train_gpt.py | head -n 3`."""
+    with Program(tmp_path, **BRIEF) as program:
+        shell = f"{sys.executable} {ROOT / 'train_gpt.py'} | head -n 3"
+        environment = Path(f"/proc/{program.pid}/environ").read_bytes().decode().split("\0")[:-1]
+        env = dict(line.split("=", 1) for line in environment) | {"OUT_DIR": str(tmp_path / "piped")}
+        piped = subprocess.run(shell, shell=True, env=env, capture_output=True, text=True, timeout=LONG)
+        program.end()
+    assert len(piped.stdout.splitlines()) == 3 and piped.stderr.startswith("warning: standard output: Broken pipe; ")
+    assert content(tmp_path / "piped", *ARTIFACTS) == content(base.folder, *ARTIFACTS)
+    assert (tmp_path / "piped" / "logs" / "test.txt").read_text().count("train_loss") == 40
 
 
 def test_no_room_for_a_checkpoint(tmp_path, base):
     """The training goes on without, the earlier one stays, and nothing half written."""
     out = continued(base, tmp_path, step(35))
     done = run(out, **AUTO, **BRIEF, CHECKPOINT_EVERY="2", limit=700_000)
-    warned = re.findall(r"^warning: no checkpoint.*", done.out, re.M)
+    warned = re.findall(r"^warning: .*without this save.*", done.out, re.M)
     assert len(warned) == 4 and all("test.step" in line for line in warned), done.out  # 36, 38, 40 and the end
     assert done.err == "" and checkpoints(out) == ["test.step000000035.pt"] and not list(out.rglob(".*"))
     assert losses(done) == {n: loss for n, loss in losses(base).items() if n > 35}
@@ -642,7 +761,7 @@ def test_no_room_for_the_artifact(tmp_path, base):
         before.pop(step(40))  # written again, with a clock a little later
 
         def weights_written(out=out):
-            found = [path.stat().st_size for path in (*out.glob(".final_model.pt.*"), *out.glob("final_model.pt"))]
+            found = [path.stat().st_size for path in (*out.glob(".*~final_model.pt.*"), *out.glob("final_model.pt"))]
             return found == [size]
 
         with Program(out, **AUTO) as program:
@@ -696,3 +815,7 @@ def test_killed_at_any_moment_the_run_can_go_on(base, killer, case):
     assert losses(first, done).items() <= losses(base).items()
     same_end(done, base)
     assert checkpoints(done.folder)[-1] == "test.step000000040.pt" and len(checkpoints(done.folder)) <= 2
+
+
+def test_most_kills_have_met_their_moment():
+    assert len(UNMET) <= 2, UNMET

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -94,7 +95,7 @@ def use(path):
         return int(tg.open_shard(path).max())
     state = tg.read_weights(path)
     model = tg.GPT(tg.shape_from_weights(state, tg.Config(), path), torch.float32)
-    return tg.load_weights(model, state, path)
+    return tg.copy_tensors(model.state_dict(), state, path)
 
 
 def assert_one_line(error):
@@ -109,7 +110,7 @@ def assert_refused(path):
     with pytest.raises(tg.UserError) as refused:
         use(path)
     assert_one_line(refused.value)
-    assert str(refused.value).startswith((f"{path}: ", f"{path} does not fit: "))
+    assert str(refused.value).startswith(f"{path}: ")
 
 
 def not_refused(paths):
@@ -341,7 +342,7 @@ def test_what_is_not_ours_is_refused(kind, tmp_path):
 def test_a_training_that_goes_on_from_such_numbers_stops(name, value, tmp_path):
     state = good_checkpoint()
     state["tensors"][name].fill_(value)
-    tg.save_state(tmp_path / "a.state", state)
+    tg.Runtime(CPU, torch.float32).save(tmp_path / "a.state", state)
     trainer = new_trainer(tmp_path / "a.state")
     trainer.resume()
     trainer.train_step()
@@ -500,8 +501,20 @@ def bombs():
     form = {part: {} for part in ("quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")}
     yield "doubled-format", zipped(form | {"__quant_format__": doubled(40)})
     yield "ten-thousand-layers", saved(claimed_layers(10_000))
+    yield "one-entry-listed-often", listed_often(saved({"w": torch.ones(10**6)}), 4000)
+    nothing = {f"archive/{i}": b"" for i in range(10**5)}
+    yield "empty-entries", rezipped(saved({"w": torch.ones(3)}), lambda entries: entries | nothing)
     rows = torch.ones(1).expand(2**20)
     yield "repeated", saved({f"w{i}": rows for i in range(1000)} | {EMB: torch.ones(1).expand(20_000, 20_000)})
+
+
+def listed_often(blob, times):
+    """The zip file `blob` with every line of its table of contents there so many times."""
+    end = blob.rindex(b"PK\5\6")
+    count, size, start = struct.unpack_from("<HII", blob, end + 10)
+    table = blob[start : start + size] * times
+    counts = struct.pack("<HHII", *(min(count * times, 65535),) * 2, len(table), start)
+    return blob[:start] + table + blob[end : end + 8] + counts + blob[end + 20 :]
 
 
 def claimed_layers(count, vocab_size=4):
@@ -604,7 +617,7 @@ def put_data(folder, **damaged):
     return {"DATA_PATH": str(data), "MAX_VAL_DOCS": "0", "ITERATIONS": "1", "EVAL": "flat"} | own
 
 
-HEADER, TOKENIZER = "found 1032 bytes, magic 20240520, version 1, 5 tokens; expected magic", "own.model: found"
+HEADER, TOKENIZER = "found 1032 bytes, magic 20240520, version 1, 5 tokens; expected magic", "own.model: unusable ("
 MODEL = (CONFORMANCE / "tokenizer.model").read_bytes()
 DATA = {  # files that are put in place, and what is said of them
     "last id of the train shards": ({"fineweb_train_000001__bin": shard(count=2, tokens=(1, 1024))}, "token id 1024, "),
@@ -625,7 +638,7 @@ def test_damaged_data_is_named(case, tmp_path, rt):
         tg.load_inputs(tg.read_config(TINY_RUN | settings), rt)
     assert_one_line(refused_.value)
     name = next(iter(files)).replace("__", ".")
-    assert f"{name}: found" in str(refused_.value) or f"{name}: token id" in str(refused_.value)
+    assert re.search(f"{re.escape(name)}: (found|unusable|token id)", str(refused_.value))
     assert words in str(refused_.value)
     assert "token id" not in words or "expected ids up to 1023" in str(refused_.value)
 
@@ -810,7 +823,7 @@ HOSTILE_WEIGHTS = {
 }
 HOSTILE_CHECKPOINTS = {  # what is changed, and what is said
     "code": (lambda s: s | {"rng": Call(os.system, "touch executed")}, ": unusable ("),
-    "other settings": (put("identity", "SEED", BREAKS), " does not fit: it was made under SEED=a?error: b??[2Jc (now "),
+    "other settings": (put("identity", "SEED", BREAKS), ": unusable (it was made under SEED=a?error: b??[2Jc (now "),
     "not finite": (put("tensors", "Adam.0.exp_avg", lambda t: t * NAN), "is not finite"),
 }
 SETTINGS = {

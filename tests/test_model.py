@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CPU, tiny_config, tiny_model
 
 import train_gpt as tg
@@ -155,3 +156,21 @@ def test_a_frozen_copy_scores_the_same_and_keeps_its_gains():
     kept = {name for name, p in copied.named_parameters() if p.dtype is torch.float32}
     assert kept == {f"blocks.{i}.attn.q_gain" for i in range(3)}
     assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("length", [1, 16, 70])
+def test_blocked_attention_is_attention(dtype, tolerance, length):
+    """Values and gradients of torch's own in fp64, over less than a block, one and several, the last one short."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, length, heads, 8).transpose(1, 2).to(dtype) for heads in (6, 2, 2)]
+    weight, results = torch.randn(2, 6, length, 8), []
+    for kind in (torch.float64, dtype):
+        q, k, v = (tensor.to(kind).requires_grad_() for tensor in inputs)
+        exact = kind is torch.float64
+        out = (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) if exact
+               else tg.causal_attention(q, k, v, block=16))  # fmt: skip
+        results.append([out, *torch.autograd.grad((out * weight.to(kind)).sum(), (q, k, v))])
+    for expected, ours in zip(*results, strict=True):
+        assert ours.dtype is dtype
+        torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)

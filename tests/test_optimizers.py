@@ -12,7 +12,7 @@ def test_orthogonalize_against_float64(shape):
     """Same singular vectors as the exact polar factor, singular values in Newton-Schulz's band around 1."""
     torch.manual_seed(0)
     matrix = torch.randn(shape)
-    ours = tg.orthogonalize(matrix, 5).double()
+    ours = tg.orthogonalize(matrix[None], 5)[0].double()
     left, before, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     inside = left.T @ ours @ right.T  # the result in the singular basis: diagonal if the vectors are the same
     values = inside.diagonal()
@@ -38,7 +38,7 @@ def muon_reference(params, grads, steps, lr, momentum):
         for i in range(steps):
             gradient = g.double() * (i + 1)
             buffer = momentum * buffer + gradient
-            update = tg.orthogonalize((gradient + momentum * buffer).float(), 5).double()
+            update = tg.orthogonalize((gradient + momentum * buffer).float()[None], 5)[0].double()
             p = p - lr * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
         out.append(p)
     return out
@@ -60,21 +60,54 @@ def test_muon_follows_its_formula(rt):
         torch.testing.assert_close(p.detach().double(), e, atol=1e-3, rtol=0)
 
 
+def test_matrices_of_a_shape_are_orthogonalised_together_as_each_alone():
+    torch.manual_seed(0)
+    for shape in ((5, 24, 16), (3, 16, 24), (4, 16, 16)):
+        batch = torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None, None]  # each has a norm of its own
+        together = tg.orthogonalize(batch, 5)
+        for alone, matrix in zip(together, batch, strict=True):
+            torch.testing.assert_close(alone, tg.orthogonalize(matrix[None], 5)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_orthogonalize_works_in_the_dtype_it_is_given():
+    batch = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
+    exact, rounded = (tg.orthogonalize(batch.to(dtype), 5) for dtype in (torch.float32, torch.bfloat16))
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(rounded.float(), exact, atol=0.06, rtol=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_works_in_the_compute_dtype(dtype, monkeypatch):
+    params, grads = muon_setup()
+    exact, seen = tg.orthogonalize, set()
+    monkeypatch.setattr(tg, "orthogonalize", lambda x, steps: seen.add(x.dtype) or exact(x, steps))
+    take_steps(tg.Muon(params, 0.02, 5, tg.Runtime(torch.device("cpu"), dtype)), params, grads, 1, 0.9)
+    assert seen == {dtype}
+
+
 @pytest.mark.parametrize("world", [2, 3, 9])
 def test_muon_ranks_share_the_matrices(rt, monkeypatch, world):
-    """Every rank computes its own matrices only; summed, they are the update of a single rank. 9 ranks, 5 matrices."""
+    """Every rank computes its own matrices; together, they are the update of a single rank. 9 ranks, 5 matrices."""
     alone, grads = muon_setup()
     take_steps(tg.Muon(alone, 0.02, 5, rt), alone, grads, 1, 0.9)
-    parts = []
+    parts, owned = [], torch.zeros(world, len(alone), dtype=torch.bool)
     for rank in range(world):
         params, _ = muon_setup()
         before = [p.detach().clone() for p in params]
         ranked = tg.Runtime(rt.device, rt.dtype, rank=rank, world=world)
-        monkeypatch.setattr(ranked, "sum", lambda values: values)  # keep this rank's share visible
+
+        def exchange(shares, rank=rank):  # keeps this rank's share, all that it knows
+            for share in shares[:rank] + shares[rank + 1 :]:
+                for tensor in share:
+                    tensor.zero_()
+
+        monkeypatch.setattr(ranked, "exchange", exchange)
         take_steps(tg.Muon(params, 0.02, 5, ranked), params, grads, 1, 0.9)
-        changed = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
-        assert changed == [j % world == rank for j in range(len(params))]
+        owned[rank] = torch.tensor([not torch.equal(p, b) for p, b in zip(params, before, strict=True)])
         parts.append([p.detach() - b for p, b in zip(params, before, strict=True)])
+    assert (owned.sum(0) == 1).all()
+    loads = owned.double() @ torch.tensor([p.numel() for p in alone], dtype=torch.float64)
+    assert loads.max() <= max(loads.sum() / world, loads.min()) + max(p.numel() for p in alone)
     start, _ = muon_setup()
     for j, p in enumerate(alone):
         torch.testing.assert_close(p.detach(), start[j].detach() + sum(part[j] for part in parts), atol=1e-6, rtol=0)

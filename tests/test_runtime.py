@@ -35,16 +35,16 @@ def test_every_tensor_names_its_device(tmp_path, monkeypatch):
         torch.set_default_device(None)
 
 
-def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, rt):
     path = tmp_path / "file"
-    tg.write_atomically(path, b"first")
+    rt.write(path, b"first")
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tg.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        tg.write_atomically(path, b"second")
+        rt.write(path, b"second")
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
 

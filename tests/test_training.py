@@ -1,10 +1,13 @@
 """Training: a golden trajectory, warm-up without a trace, the clock, and compile failures that do not stop a run."""
 
+import copy
 import json
+import time
 
 import pytest
 import torch
-from conftest import CONFORMANCE, CPU, tiny_config, tiny_model, tiny_score, write_shard
+import torch.distributed as dist
+from conftest import CONFORMANCE, CPU, run_script, tiny_config, tiny_model, tiny_score, write_shard
 
 import train_gpt as tg
 
@@ -24,7 +27,7 @@ def test_ten_golden_steps(rt):
     cfg = tg.read_config(env | {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE)})
     state = tg.read_weights(CONFORMANCE / "init.pt")
     model = tg.GPT(tg.shape_from_weights(state, cfg, "init.pt"), rt.dtype)
-    tg.load_weights(model, state, "init.pt")
+    tg.copy_tensors(model.state_dict(), state, "init.pt")
     stream = tg.TokenStream(tg.open_shards(str(CONFORMANCE), "fineweb_train_*.bin"))
     trainer = tg.Trainer(model, stream, cfg, rt, {})
     losses = [trainer.train_step().item() for _ in range(10)]
@@ -63,6 +66,16 @@ def test_accumulation_averages_over_the_whole_batch(rt):
         torch.testing.assert_close(seen[name], p.grad, atol=tolerance, rtol=tolerance)
 
 
+def test_a_fault_that_one_rank_knows_of_is_named_on_all(rt, monkeypatch):
+    """A matrix's mean gradient is with its owner alone: what the other ranks have seen comes later in the order."""
+    trainer = make_trainer(tiny_config(), rt)
+    trainer.refuse_faults()
+    owner = 2 * 2 * len(trainer.params)  # what it found: in step 3, the first gradient
+    monkeypatch.setattr(rt, "gather", lambda value: [value, owner])
+    with pytest.raises(tg.AgreedError, match="step 3: the gradient of skip_weights is not finite"):
+        trainer.refuse_faults()
+
+
 def test_gradients_are_clipped_by_their_global_norm(rt, monkeypatch):
     trainer = make_trainer(tiny_config(grad_clip_norm=1e-3), rt)
     norms = []
@@ -88,6 +101,57 @@ def test_rates_follow_the_schedule(rt):
     assert [s[0] for s in seen] == pytest.approx([0.04 * s for s in scales])
     assert [s[1] for s in seen] == pytest.approx([0.05 * s for s in scales])
     assert [s[2] for s in seen][:6] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
+
+
+def share_on(rank, world, folder):
+    """A rank of `test_shares_of_any_size`: three tensors, two of them rank 0's, none of the last rank's."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    rt = tg.Runtime(CPU, torch.float32, rank, world)
+    shares = [[torch.full((2, 3), rank + 1.0), torch.full((1,), 10.0 * rank)], [torch.full((4,), rank - 1.0)], []]
+    rt.average(shares)
+    averaged = copy.deepcopy(shares)
+    rt.exchange(shares)
+    torch.save((averaged, shares), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+    time.sleep(0.1)
+
+
+def test_shares_of_any_size(tmp_path):
+    """Means reach the owner alone; then everybody has what each owner has. A rank may own nothing."""
+    torch.multiprocessing.spawn(share_on, (3, tmp_path), nprocs=3)
+    means = [[torch.full((2, 3), 2.0), torch.full((1,), 10.0)], [torch.zeros(4)], []]
+    for rank in range(3):
+        averaged, shared = torch.load(tmp_path / f"{rank}.pt")
+        for owner in range(3):
+            for tensor, mean, final in zip(averaged[owner], means[owner], shared[owner], strict=True):
+                assert torch.equal(tensor, mean) == (owner == rank or rank == 1) and torch.equal(final, mean)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """What 1, 2 and 3 ranks hold after three clipped steps."""
+    held = {}
+    for world in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f"ranks{world}")
+        settings = dict(GRAD_ACCUM_STEPS=str(6 // world), TRAIN_BATCH_TOKENS=str(6 * 64), TRAIN_SEQ_LEN="32")
+        settings |= dict(ITERATIONS="3", CHECKPOINT_EVERY="3", GRAD_CLIP_NORM="0.3", MUON_MOMENTUM_WARMUP_STEPS="0")
+        settings |= dict(DTYPE="float32", EVAL="flat", MAX_VAL_DOCS="1", WARMUP_STEPS="0", MODEL_DIM="32")
+        done = run_script(folder, ranks=world if world > 1 else 0, **settings)
+        assert done.returncode == 0, done.stderr
+        held[world] = tg.load_state(folder / "checkpoints" / "test.step000000003.pt")
+    return held
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_trains_alike(checkpoints, world):
+    """Weights, momentum of every matrix and Adam's moments: those of one rank, up to the order of sums."""
+    alone, shared = checkpoints[1], checkpoints[world]
+    assert alone["identity"] == shared["identity"] and alone["tensors"].keys() == shared["tensors"].keys()
+    for name, tensor in alone["tensors"].items():
+        assert name.endswith("skip_weights") or tensor.any() or "model." in name, name
+        tolerance = 0.05 if tensor.dtype is torch.bfloat16 else 0.02  # since the embedding and all updates are rounded
+        difference = (tensor.float() - shared["tensors"][name].float()).abs().max()
+        assert difference <= tolerance * tensor.float().abs().max(), name
 
 
 class Clock:
