@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as tg
 from ttt_eval import Bench
+
+import train_gpt as tg
 
 FLOORS = (1, 2, 4, 8, 16)  # least steps, in those of the record
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
