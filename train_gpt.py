@@ -453,6 +453,15 @@ class Runtime:
         hidden = not self.log_path or self.rank > 0 or not sys.stderr.isatty()
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
+def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
+    """Documents of each of `count` ranks or seats, most work first: the longest one left goes to the least loaded."""
+    loads, shares = np.zeros(count, dtype=np.int64), [[] for _ in range(count)]
+    for document in np.argsort(-work, kind="stable"):
+        least = loads.argmin()
+        shares[least].append(document)
+        loads[least] += work[document]
+    return [np.array(share, dtype=np.int64) for share in shares]
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
     """softmax(q k^T / sqrt(N)) v under a causal mask: q (B, H, T, N), k and v (B, G, T, N), G dividing H -> like q."""
     if q.is_cuda:
@@ -1073,15 +1082,6 @@ def write_scores(path: Path, scores: Mapping[str, Score], rt: Runtime) -> None:
         rt.write(path, data := "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
         rt.log(f"scores:{path} rows:{len(rows) - 1} sha256:{sha256(data).hexdigest()}")
 
-def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
-    """Documents of each of `count` ranks or seats, most work first: the longest one left goes to the least loaded."""
-    loads, shares = np.zeros(count, dtype=np.int64), [[] for _ in range(count)]
-    for document in np.argsort(-work, kind="stable"):
-        least = loads.argmin()
-        shares[least].append(document)
-        loads[least] += work[document]
-    return [np.array(share, dtype=np.int64) for share in shares]
-
 class Memory:
     """Keys and values of the last W tokens of documents side by side, in every layer. They stay as they were when their
     chunk was scored, without gradients. Time counts from the start of the evaluation, rotary positions from that of the
@@ -1185,9 +1185,13 @@ class Progress:
         self.stem, self.limit, self.rt, self.earlier, self.turns, self.began = stem, limit, rt, 0.0, 0, rt.seconds()
         self.path, self.due = stem.with_name(f"{stem.name}.{time.time_ns()}.{rt.rank}.part"), self.began + 5
 
+    def files(self) -> list[Path]:
+        """Those of all ranks and attempts."""
+        return sorted(self.stem.parent.glob(f"{self.stem.name}.*.part"))
+
     def recall(self, ledger: Tensor, starts: np.ndarray, predictions: np.ndarray) -> np.ndarray:
         """Enter what is known into rank 0's ledger. Returns the documents that are left to score, on every rank."""
-        for path in sorted(self.stem.parent.glob(f"{self.stem.name}.*.part")) if self.rt.rank == 0 else ():
+        for path in self.files() if self.rt.rank == 0 else ():
             try:
                 part = load_state(path)
                 at, entries, seconds = part["at"], part["entries"].to(ledger.device), float(part["seconds"])
@@ -1276,7 +1280,8 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     silent = [tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i) for i in ids]
     text, byte = ~np.array(silent), np.array([tokenizer.is_byte(i) for i in ids])
     anchor = next(i for i in np.flatnonzero(text & ~byte).tolist() if tokenizer.decode([i]).strip())
-    def spell_out(pieces: list[int]) -> str:  # behind an anchor: the decoder drops spaces at the start of a text
+    def spell_out(pieces: list[int]) -> str:
+        """Their text, decoded behind an anchor, since the decoder drops spaces at the start of a text."""
         return tokenizer.decode([anchor, *pieces])[len(tokenizer.decode([anchor])) :]
 
     opening = np.array([text[i] and not byte[i] and spell_out([i]).startswith(" ") for i in ids])
@@ -1531,7 +1536,7 @@ def load_inputs(cfg: Config, rt: Runtime) -> tuple[Config, dict[str, Tensor] | N
 
 def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Runtime, hashes: Mapping) -> None:
     """Read the artifact back from disk and score it under every condition of EVAL; the record's final lines."""
-    scores, rungs, stems = {}, ladder(docs, cfg, rt), []
+    scores, rungs, kept = {}, ladder(docs, cfg, rt), []
     rt.together(lambda: rt.rank or copy_tensors(model.state_dict(), read_weights(path), path))
     rt.spread(model.state_dict().values())  # only rank 0 needs to see OUT_DIR
     artifact, code = rt.gather(None if rt.rank else path.read_bytes())[0], source_code().encode()
@@ -1546,8 +1551,8 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
             rt.log(f"audit causality: condition:{name} {compared} time:{1000 * (rt.seconds() - began):.0f}ms PASS")
         decisive = digest, code, hashes, how, cfg.seed, rt.dtype, rt.device.type, cfg.max_val_docs
         key = sha256(repr(decisive).encode()).hexdigest()
-        stems.append(stem := Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}"))
-        progress = Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt)
+        stem = Path(cfg.out_dir, "checkpoints", f"{name}-{key[:16]}")
+        kept.append(progress := Progress(stem, cfg.eval_max_seconds if how.targets else 0.0, rt))
         score = scores[name] = evaluate(model, docs, how, cfg, rt, progress)
         spent, (_, tokens, size) = 1000 * (progress.earlier + rt.seconds() - progress.began), score.totals
         rt.suffix = " partial" if cfg.max_val_docs or score.missing else ""
@@ -1567,7 +1572,7 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
     if cfg.scores_path:
         rt.together(lambda: write_scores(Path(cfg.out_dir, cfg.scores_path), scores, rt))
     if rt.rank == 0 and not any(score.missing for score in scores.values()):
-        for path in (path for stem in stems for path in stem.parent.glob(f"{stem.name}.*.part")):
+        for path in (path for progress in kept for path in progress.files()):
             path.unlink(missing_ok=True)
 
 def run(cfg: Config, rt: Runtime) -> None:

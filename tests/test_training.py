@@ -104,10 +104,11 @@ def test_rates_follow_the_schedule(rt):
 
 
 def share_on(rank, world, folder):
-    """A rank of `test_shares_of_any_size`: three tensors, two of them rank 0's, none of the last rank's."""
+    """A rank of `test_shares_of_any_size`: five tensors, of any shape and dtype, one not rank 0's, none the last's."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     rt = tg.Runtime(CPU, torch.float32, rank, world)
     shares = [[torch.full((2, 3), rank + 1.0), torch.full((1,), 10.0 * rank)], [torch.full((4,), rank - 1.0)], []]
+    shares[0] += [torch.full((7,), rank + 1.0, dtype=torch.bfloat16), torch.tensor(rank + 1.0)]
     rt.average(shares)
     averaged = copy.deepcopy(shares)
     rt.exchange(shares)
@@ -120,11 +121,13 @@ def test_shares_of_any_size(tmp_path):
     """Means reach the owner alone; then everybody has what each owner has. A rank may own nothing."""
     torch.multiprocessing.spawn(share_on, (3, tmp_path), nprocs=3)
     means = [[torch.full((2, 3), 2.0), torch.full((1,), 10.0)], [torch.zeros(4)], []]
+    means[0] += [torch.full((7,), 2.0, dtype=torch.bfloat16), torch.tensor(2.0)]
     for rank in range(3):
         averaged, shared = torch.load(tmp_path / f"{rank}.pt")
         for owner in range(3):
             for tensor, mean, final in zip(averaged[owner], means[owner], shared[owner], strict=True):
                 assert torch.equal(tensor, mean) == (owner == rank or rank == 1) and torch.equal(final, mean)
+                assert (tensor.dtype, tensor.shape) == (final.dtype, final.shape) == (mean.dtype, mean.shape)
 
 
 @pytest.fixture(scope="module")
