@@ -755,6 +755,7 @@ def frozen(model: GPT) -> GPT:
     return copied
 
 # ==== Optimizers ======================================================================================================
+# Classes of our own: the first use of torch.optim imports the whole compiler, seconds at every start of the program.
 def orthogonalize(x: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix in `x` (K, rows, cols) towards 1: quintic Newton-Schulz iterations."""
     # Source, of Muon as a whole too: K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
@@ -767,7 +768,7 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors.
 
     Every matrix is the work of one rank, its owner, which alone has its mean gradient and its momentum; its update goes
@@ -775,11 +776,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
-        super().__init__(params, {"lr": lr, "base_lr": lr, "momentum": 0.0})
+        self.param_groups = [{"params": params, "lr": lr, "base_lr": lr, "momentum": 0.0}]
         shares = share_documents(np.array([p.numel() for p in params]), rt.world)
         self.shares = [sorted((params[i] for i in share), key=lambda p: p.shape) for share in shares]
         self.steps, self.rt = steps, rt
-        self.state.update({p: {"buffer": torch.zeros_like(p)} for p in params})
+        self.state = {p: {"buffer": torch.zeros_like(p)} for p in params}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -798,7 +799,29 @@ class Muon(torch.optim.Optimizer):
         self.rt.exchange([[updates[p] for p in share] for share in self.shares])
         torch._foreach_add_(list(updates), [update.float() for update in updates.values()], alpha=-lr)
 
-def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.optim.Adam]:
+class Adam:
+    """Adam, as fused in torch.optim: state in the dtype of the parameter, arithmetic in fp32. A group has one dtype.
+
+    Source: https://arxiv.org/abs/1412.6980.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
+        self.param_groups, self.betas, self.eps = groups, betas, eps
+        self.state = {p: {"step": torch.zeros((), dtype=torch.float32, device=p.device), "exp_avg": torch.zeros_like(p),
+                          "exp_avg_sq": torch.zeros_like(p)} for group in groups for p in group["params"]}  # fmt: skip
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """p -= lr * mean / (sqrt(mean square) + eps), both corrected for their start at 0."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]  # an empty one has none
+            steps, *means = ([self.state[p][name] for p in params] for name in ("step", "exp_avg", "exp_avg_sq"))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adam_(
+                params, [p.grad for p in params], *means, [], steps, lr=group["lr"], beta1=self.betas[0],
+                beta2=self.betas[1], weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False)  # fmt: skip
+
+def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, Adam]:
     """(Muon, Adam), fresh. Every parameter belongs to exactly one group, and each group remembers its `base_lr`."""
     inside = list(model.blocks.named_parameters())
     matrices = [p for name, p in inside if name.endswith("weight")]
@@ -809,12 +832,9 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> tuple[Muon, torch.
         ([] if cfg.tie_embeddings else [model.lm_head.weight], cfg.head_lr),
     )
     groups = [{"params": params, "lr": lr, "base_lr": lr} for params, lr in rates if params]
-    adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-    for p in (rest := [p for params, _ in rates for p in params]):  # as Adam would at its first step
-        step = torch.zeros((), dtype=torch.float32, device=rt.device)
-        adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    rest = [p for params, _ in rates for p in params]
     assert sorted(map(id, matrices + rest)) == sorted(map(id, model.parameters())), "parameter has no optimizer, or two"
-    return Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt), adam
+    return Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt), Adam(groups, (cfg.beta1, cfg.beta2), cfg.adam_eps)
 
 def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
     """(factor on every learning rate, Muon's momentum) at `step`, counted from 0; the fall and the climb are linear."""

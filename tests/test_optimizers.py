@@ -1,5 +1,8 @@
 """Muon, the split of parameters between optimizers, and the schedules."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
@@ -135,7 +138,37 @@ def test_every_parameter_has_one_optimizer_and_its_rate(rt, tied):
         else:
             expected = ("Adam", 0.04)
         assert rates[name] == expected, name
-    assert adam.defaults["betas"] == (0.9, 0.95) and adam.defaults["eps"] == 1e-8
+    assert (adam.betas, adam.eps) == ((0.9, 0.95), 1e-8)
+
+
+def test_adam_equals_that_of_torch():
+    """In bf16 too, to the bit, over steps whose rate changes; an empty parameter, which never has a gradient, rests."""
+    torch.manual_seed(0)
+    ours = [torch.randn(5, 3), torch.randn(7), torch.randn(4, 2).bfloat16(), torch.empty(0, 3)]
+    theirs = [torch.nn.Parameter(p.clone()) for p in ours]
+    ours = [torch.nn.Parameter(p) for p in ours]
+    groups = [[0, 1, 3], [2]]
+    mine = tg.Adam([{"params": [ours[i] for i in group], "lr": 0.0} for group in groups], (0.9, 0.95), 1e-8)
+    adam = torch.optim.Adam([{"params": [theirs[i] for i in group]} for group in groups], 0.0, (0.9, 0.95), fused=True)
+    for lr in (0.1, 0.05, 0.01):
+        for group in (*mine.param_groups, *adam.param_groups):
+            group["lr"] = lr
+        for p, q in zip(ours[:3], theirs[:3], strict=True):
+            p.grad = torch.randn(p.shape).to(p.dtype)
+            q.grad = p.grad.clone()
+        mine.step()
+        adam.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    assert torch.equal(mine.state[ours[2]]["exp_avg_sq"], adam.state[theirs[2]]["exp_avg_sq"])
+
+
+def test_the_compiler_is_not_imported_by_a_run_that_does_not_compile():
+    """Its import takes as long as that of torch itself."""
+    code = "import sys, torch, train_gpt as tg; m = torch.nn.Linear(2, 2); p = [m.weight]; rt = tg.Runtime("
+    code += "torch.device('cpu'), torch.float32); tg.Muon(p, 0.1, 5, rt); "
+    code += "tg.Adam([{'params': [m.bias], 'lr': 0.1}], (0.9, 0.95), 1e-8); m(torch.ones(1, 2)).sum().backward(); "
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tg.Path(tg.__file__).parent).returncode == 0
 
 
 def test_a_forgotten_parameter_is_noticed(rt):
