@@ -48,6 +48,16 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, rt):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_replaced_and_never_written_into(tmp_path, rt):
+    """Whoever holds the old file, by another name or open, keeps it whole: the new one is another file, renamed."""
+    path, other = tmp_path / "file", tmp_path / "other"
+    rt.write(path, b"first")
+    other.hardlink_to(path)
+    with path.open("rb") as reader:
+        rt.write(path, b"second")
+        assert (path.read_bytes(), other.read_bytes(), reader.read()) == (b"second", b"first", b"first")
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
