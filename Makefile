@@ -20,7 +20,7 @@ demo: $(DEMO)/manifest.json $(VENV)/dev
 
 # Lint, then every test. .ci/run does the same.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

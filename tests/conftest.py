@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two workers run side by side: threads that wait for each other would spin
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,9 @@ def tiny_documents(lengths, vocab_size=96, seed=0):
 def rt():
     """One rank, CPU, fp32: exact enough to compare two ways of computing the same thing."""
     return tg.Runtime(CPU, torch.float32)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first, so that no worker ends with one alone."""
+    slow = ("test_faults.py", "test_conformance.py", "test_program.py")
+    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
