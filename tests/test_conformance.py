@@ -46,8 +46,8 @@ def test_training(tmp_path):
     """120 steps from the given weights, run as a user runs them: in bf16 where the processor multiplies it."""
     training = EXPECTED["training"]
     env = {name: str(value) for name, value in training["env"].items()}
-    env |= {"MODEL_PATH": str(CONFORMANCE / "init.pt"), "TRAIN_LOG_EVERY": "1", "EVAL": "flat"}
-    env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"])}
+    env |= {"MODEL_PATH": str(CONFORMANCE / "init.pt"), "TRAIN_LOG_EVERY": "1", "MAX_VAL_DOCS": None}
+    env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"]), "EVAL": "flat"}
     done = run_script(tmp_path, **env)
     assert done.returncode == 0, done.stderr
     losses = [float(value) for value in re.findall(r"train_loss:([\d.]+)", done.stdout)]
