@@ -46,8 +46,8 @@ def test_invariance_prints_spreads_and_judges_them(monkeypatch, capsys, promised
 
 @pytest.fixture(scope="module")
 def bench():
-    """The conformance artifact and its first four documents, as the benchmark loads them."""
-    return ttt_eval.Bench.load(CONFORMANCE / "final_model.int8.ptz", CONFORMANCE, 4)
+    """The conformance artifact and its first two documents, as the benchmark loads them."""
+    return ttt_eval.Bench.load(CONFORMANCE / "final_model.int8.ptz", CONFORMANCE, 2)
 
 
 def test_the_naive_baseline_is_the_same_recipe(bench):
