@@ -38,6 +38,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
@@ -50,6 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 # ==== Config: what can be set =========================================================================================
@@ -93,6 +95,7 @@ class Config:
     data_path: str = _opt("./data/datasets/fineweb10B_sp1024", "folder of shards")
     tokenizer_path: str = _opt("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     out_dir: str = _opt(".", "folder for everything the run writes")
+    artifact_budget: int = _opt(16_000_000, "bytes of script and artifact; the weights lose what does not fit", 1)
     run_id: str = _opt("", "name of log and checkpoints; if empty, that of the checkpoint that auto finds, or a uuid4")
     scores_path: str = _opt("", "in OUT_DIR: a .csv with the scores of every chunk; none if empty")
     resume: str = _opt("", "auto: go on from the newest checkpoint in OUT_DIR, if any; or the path of one")
@@ -848,29 +851,146 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
 # ==== Artifact: int8 + zlib, written and read =========================================================================
 QUANT_FORMAT = "int8_clean_per_row_v1"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SUBMISSION_BUDGET = 16_000_000  # bytes of code and artifact together
 
-def quantize_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The artifact's content, in the published layout (spec section 5), from a state dict on the CPU."""
+def calibrate(model: GPT, cfg: Config, rows: int, length: int = 256) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the loss makes of errors in each matrix, as rows of tokens spread over the training shards show it.
+
+    An error E (out, in) costs about the sum over i of S_i (E M E^T)_ii / 2 nats a token: M = E[x x^T] of the inputs,
+    S_i = E[g_i^2] of the loss's gradients at the outputs, which are taken to know nothing of each other. Returns M
+    (in, in) and S (out,) by name. Source: K-FAC, https://arxiv.org/abs/1503.05671.
+    """
+    stream = TokenStream(open_shards(cfg.data_path, "fineweb_train_*.bin"))
+    model = frozen(model).to("cpu", torch.float32)  # where it repeats to the bit, whatever the run's device
+    model.dtype, count = torch.float32, rows * length
+    seen = {p: (torch.zeros(p.size(1), p.size(1)), torch.zeros(len(p))) for p in model.parameters() if p.ndim == 2}
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is F.linear:
+                x, (moments, slopes) = args[0].detach().flatten(0, -2), seen[args[1]]
+                moments += x.mT @ x / count
+                out.requires_grad_().register_hook(lambda grad: note(slopes, grad))
+            return out
+
+    def note(slopes: Tensor, grad: Tensor) -> None:
+        slopes += grad.square().sum((0, 1)) / count
+
+    for start in range(0, count, length):
+        tokens = torch.from_numpy(stream.read(int(stream.begins[-1]) * start // count, length + 1))[None]
+        require(tokens.max() < cfg.vocab_size, f"DATA_PATH={cfg.data_path}: found tokens of another vocabulary")
+        with Watch():
+            loss = model(tokens[:, :-1], tokens[:, 1:]).sum()
+        loss.backward()
+    return {name: seen[p] for name, p in model.named_parameters() if p in seen and seen[p][1].any()}
+
+def plan_rounding(weights: Tensor, moments: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(W, feedback, care) of B matrices: what `round_matrices` goes by. W (B, in, out), M (B, in, in), S (B, out).
+
+    Columns are rounded from the last to the first, and each makes up for what the errors of those before it do to the
+    output: `feedback` (B, in, in). What its own error e then still costs is (care e)^2, `care` (B, in, out). Source:
+    GPTQ, https://arxiv.org/abs/2210.17323, as nearest planes.
+    """
+    size = moments.diagonal(0, 1, 2).mean(1)[:, None, None]
+    factor = torch.linalg.cholesky(moments + (0.1 * size + 1e-30) * torch.eye(moments.size(1))).mT
+    pivots = factor.diagonal(0, 1, 2)[:, :, None]
+    return weights, factor / pivots, pivots * (slopes + 0.01 * slopes.mean(1, keepdim=True) + 1e-30).sqrt()[:, None]
+
+def round_matrices(w: Tensor, feedback: Tensor, care: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(q (B, out, in), scales fp16 (B, out), whether q is too wide for int8 (B,)): W is about q^T * scales.
+
+    Bits are spent best where every weight's step is unit / care. A row's scale is its finest step, as far as int8 goes,
+    and columns that matter less take multiples of it, which entropy coding turns into fewer bits.
+    """
+    ideal, most, error = unit / care, w.abs().amax(1, keepdim=True), torch.zeros_like(w)
+    fine = ideal.amin(1, keepdim=True).minimum(2 * most)
+    scale = fine.maximum(most / 127)
+    # Should int8 lose over ten times what `unit` asks for, fp16 pays: it takes 2 bits more, if its steps are octaves.
+    wide = (scale / ideal).clamp_min(1).square().mean((1, 2), keepdim=True) > 10
+    scale = torch.where(wide, fine, scale).clamp_min(2**-24).log2()
+    scale = torch.where(wide, scale.round(), (4 * scale).ceil() / 4).exp2().half().float()  # few values, which compress
+    ticks = (ideal / scale).log2().round().exp2().clamp(1, 127)
+    steps, limits = scale * ticks, torch.where(wide, math.inf, (127 / ticks).floor())
+    for end in range(w.size(1), 0, -128):  # in blocks, since one large product is faster than many small ones
+        part = slice(max(0, end - 128), end)
+        wanted, inside = w[:, part] + feedback[:, part, end:] @ error[:, end:], feedback[:, part, part]
+        for j in reversed(range(wanted.size(1))):
+            at = part.start + j
+            column = wanted[:, j] + (inside[:, j : j + 1, j + 1 :] @ error[:, at + 1 : end])[:, 0]
+            whole = (column / steps[:, at]).round().clamp(-limits[:, at], limits[:, at])
+            error[:, at] = w[:, at] - whole * steps[:, at]
+    return ((w - error) / scale).round().mT, scale[:, 0].half(), wide[:, 0, 0]
+
+def quantize_state(state: Mapping[str, Tensor], plans: list[tuple], unit: float = 0.0) -> dict[str, Any]:
+    """The artifact's content, in the published layout (spec section 5), from a state dict on the CPU.
+
+    `plans` hold names and what `plan_rounding` made of their matrices, which become int8; other tensors, fp16. Without
+    plans all are as they were.
+    """
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
     out: dict[str, Any] = {"__quant_format__": QUANT_FORMAT} | {part: {} for part in parts}
+    rounded: dict[str, Any] = {}
+    for names, *plan in plans:
+        rounded |= zip(names, zip(*round_matrices(*plan, unit), strict=True), strict=True)
     for name, tensor in state.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if tensor.numel() > 65_536:  # what is smaller stays float
-            assert tensor.ndim == 2, name
-            w = tensor.float()  # (rows, cols), to be about q int8 (rows, cols) * scale fp16 (rows,)
-            clip = torch.quantile(w.abs(), 99.99984 / 100, dim=1, keepdim=True)  # of a row; what lies above is clipped
-            # The floor is a rate choice, not a guard: it makes the typical row coarse enough for zlib to bring the
-            # record's model to 15.8 MB, and costs about 0.0075 bpb there.
-            scale = (clip / 127).clamp_min(1 / 127)
-            out["quantized"][name] = (w.clamp(-clip, clip) / scale).round().clamp(-127, 127).to(torch.int8)
-            out["scales"][name] = scale[:, 0].half()
-            out["dtypes"][name], out["qmeta"][name] = dtype, {"scheme": "per_row", "axis": 0}
-        elif name.endswith(("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")):  # small, touchy: fp32
-            out["passthrough"][name] = tensor.float()
-        else:
-            out["passthrough"][name], out["passthrough_orig_dtypes"][name] = tensor.half(), dtype
+        dtype, (q, scale, wide) = str(tensor.dtype).removeprefix("torch."), rounded.get(name, (None, None, False))
+        if q is not None and not wide:
+            out["quantized"][name], out["scales"][name], out["dtypes"][name] = q.char().contiguous(), scale, dtype
+            out["qmeta"][name] = {"scheme": "per_row", "axis": 0}
+            continue
+        half = (q * scale[:, None].float() if wide else tensor).half()
+        exact = not plans or not half.isfinite().all()
+        out["passthrough"][name] = tensor if exact else half.contiguous()
+        if not exact:
+            out["passthrough_orig_dtypes"][name] = dtype
     return out
+
+def pack(content: Mapping[str, Any], size: int = 2**15) -> bytes:
+    """The artifact: a zlib stream, which any inflater reads, of pieces each made by the strategy that suits it best.
+
+    Rounded weights repeat nothing; a search for repeats, which zlib's default insists on, costs them half a bit each.
+    """
+    torch.save(content, buffer := io.BytesIO())
+    data = buffer.getbuffer()
+
+    def smallest(at: int) -> bytes:
+        made, end = [], zlib.Z_FULL_FLUSH if at + size < len(data) else zlib.Z_FINISH
+        for strategy, memory in ((zlib.Z_HUFFMAN_ONLY, 9), (zlib.Z_HUFFMAN_ONLY, 7), (zlib.Z_RLE, 7), (0, 7)):
+            if len(made) < 2 or len(made[0]) < 0.4 * size:  # what takes over 3 bits a byte is noise
+                deflater = zlib.compressobj(6, zlib.DEFLATED, -15, memory, strategy)  # 7: blocks of 8,192 bytes, 9: one
+                made.append(deflater.compress(data[at : at + size]) + deflater.flush(end))
+        return min(made, key=len)
+
+    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        parts = pool.map(smallest, range(0, len(data), size))
+        return b"".join([b"\x78\xda", *parts, zlib.adler32(data).to_bytes(4, "big")])
+
+def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Mapping]) -> dict[str, Any]:
+    """Content whose artifact fits `budget` together with this script: exact if that does, else by search."""
+    room, numbers = budget - len(source_code().encode()), sum(tensor.numel() for tensor in state.values())
+    small = sum(tensor.nbytes for tensor in state.values()) < 1.4 * room
+    if small and len(pack(content := quantize_state(state, []))) <= room:
+        return content
+    shapes, plans = {}, []
+    for name, found in calibrated(min(64, max(8, 10**8 // numbers))).items():
+        shapes.setdefault(state[name].shape, []).append((name, state[name].float().mT, *found))
+    for names, *tensors in (zip(*same, strict=True) for same in shapes.values()):  # those of one shape together
+        plans.append((names, *plan_rounding(*map(torch.stack, tensors))))
+    # In octaves of `unit`: where artifacts are too large, the next try, where they fit. One octave is a bit a weight.
+    low, at, high, slope, last, best = -60.0, 0.0, 60.0, numbers / 8, None, (0, None)
+    bits = torch.cat([2 + (w.std(1, keepdim=True) * care).log2().flatten()[::16] for _, w, _, care in plans])
+    for _ in range(50):
+        at += (bits - at).clamp(0, 16).mean().item() - 8 * max(room, 0) / numbers
+    aim = 0.9985
+    while high - low > 0.05 and best[0] < (2 * aim - 1) * room:  # the tries grow less demanding
+        size = len(pack(content := quantize_state(state, plans, 2.0**at)))
+        low, high, best = (low, at, (size, content)) if size <= room else (at, high, best)
+        slope = min(max((last[1] - size) / (at - last[0]), numbers / 40), numbers) if last else slope
+        last, at, aim = (at, size), at + (size - aim * room) / slope, 1 - 1.5 * (1 - aim)
+        at = at if low < at < high else (low + high) / 2
+    found = f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the coarsest artifact takes {size}"
+    require(best[1], f"{found}; raise it and go on from the .pt file with EVAL_ONLY=1")
+    return best[1]
 
 def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """A state dict in the dtypes of training. `KeyError`, `ValueError` for what neither we nor the record can write."""
@@ -898,22 +1018,21 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     if rt.rank:
         return path
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    content = quantize_state(state)
-    for name, tensor in dequantize_state(content).items():
+    for name, tensor in state.items():
         found = f"{name}: holds values that are not finite"
         require(tensor.isfinite().all(), f"{found}; expected a sound model, nothing was exported")
     torch.save(state, raw := io.BytesIO())
-    torch.save(content, quantized := io.BytesIO())
-    raw, quantized, code = raw.getbuffer(), quantized.getbuffer(), len(source_code().encode())
+    raw, code = raw.getbuffer(), len(source_code().encode())
     if not cfg.eval_only:
         rt.write(path.with_name("final_model.pt"), raw)
-    rt.write(path, blob := zlib.compress(quantized, level=9))
+    content = fit(state, cfg.artifact_budget, functools.partial(calibrate, model, cfg))
+    rt.write(path, blob := pack(content))
     before = sum(tensor.nbytes for tensor in state.values())
     after = sum(tensor.nbytes for part in ("quantized", "scales", "passthrough") for tensor in content[part].values())
     rt.log(f"Serialized model: {len(raw)} bytes")
     rt.log(f"Code size: {code} bytes")
     rt.log(f"Total submission size: {len(raw) + code} bytes")
-    sizes = f"payload:{after} raw_torch:{len(quantized)} payload_ratio:{before / after:.2f}x"
+    sizes = f"payload:{after} raw_torch:{len(zlib.decompress(blob))} payload_ratio:{before / after:.2f}x"
     rt.log(f"Serialized model int8+zlib: {len(blob)} bytes ({sizes})")
     rt.log(f"Total submission size int8+zlib: {len(blob) + code} bytes")
     return path
@@ -1560,7 +1679,7 @@ def score_artifact(model: GPT, path: Path, docs: Documents, cfg: Config, rt: Run
     rt.together(lambda: rt.rank or copy_tensors(model.state_dict(), read_weights(path), path))
     rt.spread(model.state_dict().values())  # only rank 0 needs to see OUT_DIR
     artifact, code = rt.gather(None if rt.rank else path.read_bytes())[0], source_code().encode()
-    digest, size, budget = sha256(artifact).hexdigest(), len(artifact) + len(code), SUBMISSION_BUDGET
+    digest, size, budget = sha256(artifact).hexdigest(), len(artifact) + len(code), cfg.artifact_budget
     rt.log(f"sha256 artifact:{digest} {path.name}")
     verdict = "PASS" if size <= budget else "FAIL"
     rt.log(f"submission_size:{size} budget:{budget} headroom:{budget - size} {verdict}")

@@ -440,15 +440,14 @@ def test_weights_that_are_not_finite_are_never_exported(tmp_path):
     assert not list(tmp_path.glob("*.ptz"))
 
 
-def test_an_artifact_over_budget_fails(rt, tmp_path, monkeypatch, capsys):
+def test_an_artifact_over_budget_fails(rt, tmp_path, capsys):
     cfg = tiny_config(out_dir=str(tmp_path), eval=())
     model = tiny_model(cfg, rt)
     rt.log_path = tmp_path / "log.txt"
     path = tg.export(model, cfg, rt)
     size = path.stat().st_size + len(tg.source_code().encode())
     for budget, verdict in ((size, "PASS"), (size - 1, "FAIL")):
-        monkeypatch.setattr(tg, "SUBMISSION_BUDGET", budget)
-        tg.score_artifact(model, path, tiny_documents([9]), cfg, rt, {})
+        tg.score_artifact(model, path, tiny_documents([9]), replace(cfg, artifact_budget=budget), rt, {})
         line = f"submission_size:{size} budget:{budget} headroom:{budget - size} {verdict}"
         assert capsys.readouterr().out.splitlines()[-1] == line
 

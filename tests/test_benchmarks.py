@@ -8,6 +8,7 @@ import checkpoint
 import invariance
 import numpy as np
 import pytest
+import rate_distortion
 import train_step
 import ttt_eval
 from conftest import CONFORMANCE, CPU, tiny_config, tiny_table
@@ -101,6 +102,29 @@ def test_checkpoints_are_measured():
     size, save, step = checkpoint.measure("cpu", CONFORMANCE, repeats=1)
     needed = 6 * 1024 * 192 + 8 * 4 * 192 * (192 * 2 + 64 * 2 + 2 * 384)  # bytes: bf16 with two moments, fp32 with one
     assert needed < size < 1.1 * needed and save > 0 and step > 0
+
+
+def test_rate_distortion_compares_at_equal_bytes(capsys, tmp_path, monkeypatch):
+    """On the published artifact's weights, which its own quantiser has coarsened already."""
+    bench = ttt_eval.Bench.load(CONFORMANCE / "final_model.int8.ptz", CONFORMANCE, 6)
+    monkeypatch.setattr(rate_distortion, "FLOORS", (8, 16))
+    rows = rate_distortion.compare(bench)
+    assert [(name, floor) for name, floor, *_ in rows] == [
+        ("as it is", 8), ("as it is", 16), ("of every matrix", 8), ("of every matrix", 16)]  # fmt: skip
+    for _, _, size, theirs, ours in rows:
+        assert 20_000 < size < 800_000 and theirs > 0.002 and ours < theirs / 3
+    table = capsys.readouterr().out.splitlines()[-len(rows) :]
+    assert [line.split(" | ")[2] for line in table] == [str(size) for _, _, size, *_ in rows]
+    rate_distortion.draw({"one": rows, "other": rows}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_quantisation_is_timed(capsys):
+    cfg = replace(tiny_config(), data_path=str(CONFORMANCE), vocab_size=1024, artifact_budget=160_000)
+    rate_distortion.timing(cfg, 1)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[0].split(":")[0] for row in rows] == ["the record's", "ours", "ours", "ours"]
+    assert all(float(row[1]) >= 0 for row in rows)
 
 
 def tiny_training(**settings):

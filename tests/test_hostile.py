@@ -31,6 +31,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFORMANCE, CPU, TINY_RUN, run_script, tiny_config, tiny_model, write_shard
+from rate_distortion import record_content
 
 import train_gpt as tg
 
@@ -45,7 +46,7 @@ def good_state():
 def good_content():
     """An artifact's content, with two tensors quantised although they are small."""
     state = good_state()
-    content = tg.quantize_state(state)
+    content = record_content(state)
     for name in ("tok_emb.weight", "blocks.0.mlp.fc.weight"):
         scale = state[name].float().abs().amax(1) / 127
         content["quantized"][name] = (state[name].float() / scale[:, None]).round().to(torch.int8)
