@@ -38,7 +38,6 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
@@ -861,7 +860,8 @@ def calibrate(model: GPT, cfg: Config, rows: int, length: int = 256) -> dict[str
     """
     stream = TokenStream(open_shards(cfg.data_path, "fineweb_train_*.bin"))
     model = frozen(model).to("cpu", torch.float32)  # where it repeats to the bit, whatever the run's device
-    model.dtype, count = torch.float32, rows * length
+    model.dtype, length = torch.float32, min(length, model.rope.size(1))
+    count = rows * length
     seen = {p: (torch.zeros(p.size(1), p.size(1)), torch.zeros(len(p))) for p in model.parameters() if p.ndim == 2}
 
     class Watch(TorchFunctionMode):
@@ -945,25 +945,11 @@ def quantize_state(state: Mapping[str, Tensor], plans: list[tuple], unit: float 
             out["passthrough_orig_dtypes"][name] = dtype
     return out
 
-def pack(content: Mapping[str, Any], size: int = 2**15) -> bytes:
-    """The artifact: a zlib stream, which any inflater reads, of pieces each made by the strategy that suits it best.
-
-    Rounded weights repeat nothing; a search for repeats, which zlib's default insists on, costs them half a bit each.
-    """
+def pack(content: Mapping[str, Any]) -> bytes:
+    """The artifact: a zlib stream without the short repeats that cost rounded weights more than they save."""
     torch.save(content, buffer := io.BytesIO())
-    data = buffer.getbuffer()
-
-    def smallest(at: int) -> bytes:
-        made, end = [], zlib.Z_FULL_FLUSH if at + size < len(data) else zlib.Z_FINISH
-        for strategy, memory in ((zlib.Z_HUFFMAN_ONLY, 9), (zlib.Z_HUFFMAN_ONLY, 7), (zlib.Z_RLE, 7), (0, 7)):
-            if len(made) < 2 or len(made[0]) < 0.4 * size:  # what takes over 3 bits a byte is noise
-                deflater = zlib.compressobj(6, zlib.DEFLATED, -15, memory, strategy)  # 7: blocks of 8,192 bytes, 9: one
-                made.append(deflater.compress(data[at : at + size]) + deflater.flush(end))
-        return min(made, key=len)
-
-    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
-        parts = pool.map(smallest, range(0, len(data), size))
-        return b"".join([b"\x78\xda", *parts, zlib.adler32(data).to_bytes(4, "big")])
+    deflater = zlib.compressobj(9, strategy=zlib.Z_FILTERED)
+    return deflater.compress(buffer.getbuffer()) + deflater.flush()
 
 def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Mapping]) -> dict[str, Any]:
     """Content whose artifact fits `budget` together with this script: exact if that does, else by search."""
@@ -977,7 +963,7 @@ def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Ma
     for names, *tensors in (zip(*same, strict=True) for same in shapes.values()):  # those of one shape together
         plans.append((names, *plan_rounding(*map(torch.stack, tensors))))
     # In octaves of `unit`: where artifacts are too large, the next try, where they fit. One octave is a bit a weight.
-    low, at, high, slope, last, best = -60.0, 0.0, 60.0, numbers / 8, None, (0, None)
+    low, at, high, slope, last, best = -60.0, 0.0, 60.0, numbers / 8, None, (-math.inf, None)
     bits = torch.cat([2 + (w.std(1, keepdim=True) * care).log2().flatten()[::16] for _, w, _, care in plans])
     for _ in range(50):
         at += (bits - at).clamp(0, 16).mean().item() - 8 * max(room, 0) / numbers
