@@ -946,9 +946,9 @@ def quantize_state(state: Mapping[str, Tensor], plans: list[tuple], unit: float 
     return out
 
 def pack(content: Mapping[str, Any]) -> bytes:
-    """The artifact: a zlib stream without the short repeats that cost rounded weights more than they save."""
+    """The artifact: a zlib stream without the search for repeats, which costs rounded weights seconds and bytes."""
     torch.save(content, buffer := io.BytesIO())
-    deflater = zlib.compressobj(9, strategy=zlib.Z_FILTERED)
+    deflater = zlib.compressobj(9, strategy=zlib.Z_RLE)
     return deflater.compress(buffer.getbuffer()) + deflater.flush()
 
 def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Mapping]) -> dict[str, Any]:
@@ -958,7 +958,7 @@ def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Ma
     if small and len(pack(content := quantize_state(state, []))) <= room:
         return content
     shapes, plans = {}, []
-    for name, found in calibrated(min(64, max(8, 10**8 // numbers))).items():
+    for name, found in calibrated(min(64, max(4, 10**8 // numbers))).items():
         shapes.setdefault(state[name].shape, []).append((name, state[name].float().mT, *found))
     for names, *tensors in (zip(*same, strict=True) for same in shapes.values()):  # those of one shape together
         plans.append((names, *plan_rounding(*map(torch.stack, tensors))))

@@ -138,7 +138,7 @@ def timing(cfg: tg.Config, repeats: int) -> None:
     print("| what | seconds | bytes |\n|---|---|---|")
     seconds, blob = least_seconds(lambda: record_pack(record_content(state)), repeats)
     print(f"| the record's: round, compress | {seconds:.1f} | {len(blob)} |", flush=True)
-    calibrating, calibration = least_seconds(lambda: tg.calibrate(model, cfg, 8), repeats)  # rows, as `fit` would ask
+    calibrating, calibration = least_seconds(lambda: tg.calibrate(model, cfg, 5), repeats)  # rows, as `fit` asks
     print(f"| ours: calibrate | {calibrating:.1f} | |", flush=True)
     fitting, content = least_seconds(lambda: tg.fit(state, cfg.artifact_budget, lambda rows: calibration), repeats)
     print(f"| ours: search, round, compress | {fitting:.1f} | {len(tg.pack(content))} |")
