@@ -181,7 +181,7 @@ def test_pack_makes_zlib_streams_close_to_the_entropy_of_rounded_weights(spread)
     assert zlib.decompress(blob) == plain.getvalue()
     counts = content["q"].unique(return_counts=True)[1] / content["q"].numel()
     entropy = -(counts * counts.log2()).sum().item() * content["q"].numel() / 8
-    assert len(blob) < 1.03 * entropy + 700
+    assert len(blob) < 1.05 * entropy + 700
     assert spread > 2 or len(blob) < 0.9 * len(zlib.compress(plain.getvalue(), 9))
 
 
