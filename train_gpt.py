@@ -204,8 +204,9 @@ def check(cfg: Config, world: int) -> Config:
         f"MODEL_DIM={cfg.model_dim}: expected a multiple of {2 * cfg.num_heads}, an even dim for each of NUM_HEADS")
     ask(cfg.num_heads % cfg.num_kv_heads == 0,
         f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads}; change one of them")
-    ask(count_parameters(cfg) <= 1e9,
-        f"MODEL_DIM, NUM_LAYERS, MLP_MULT: found a model of {count_parameters(cfg)} parameters, expected at most 1e9")
+    most = min(1e9, max(6e7, 15 * cfg.artifact_budget))  # half a bit for each, and what `read_weights` unpacks
+    ask(count_parameters(cfg) <= most, f"MODEL_DIM, NUM_LAYERS, MLP_MULT: found a model of {count_parameters(cfg)}"
+        f" parameters, expected at most {most:.0f} for ARTIFACT_BUDGET={cfg.artifact_budget}")
     ask(cfg.eval_only or cfg.train_batch_tokens % unit == 0,
         f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: expected a multiple of {unit} (world size {world} x"
         f" GRAD_ACCUM_STEPS {cfg.grad_accum_steps} x TRAIN_SEQ_LEN {cfg.train_seq_len}); the nearest is"
@@ -598,7 +599,6 @@ def open_shards(folder: str, pattern: str) -> list[np.ndarray]:
 
 class TokenStream:
     """The training tokens of all shards in order, wrapping forever. Its whole state is `position`."""
-
     def __init__(self, shards: list[np.ndarray]) -> None:
         self.shards, self.position = shards, 0
         self.begins = np.cumsum([0, *map(len, shards)])  # and, last, where the stream begins anew
@@ -664,7 +664,6 @@ def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, 
 
 class Block(nn.Module):
     """Causal attention with grouped heads, then an MLP with relu squared; it can mix the embedding back in first."""
-
     def __init__(self, cfg: Config, name: str) -> None:
         super().__init__()
         self.name, dim, self.head_dim = name, cfg.model_dim, cfg.model_dim // cfg.num_heads
@@ -696,12 +695,9 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The record's transformer: skip connections from its first half to its second, a soft-capped head.
-
     Precision is written out, since autocast's lists differ between CPU and CUDA. Residual stream, matrix products and
     attention are in `dtype`: a bf16 stream agrees with the published code where that could be run (records/NOTES.md)
-    and moves half the bytes of the record's fp32 one on CUDA. Query and key norms, rotation, softcap, losses: fp32.
-    """
-
+    and moves half the bytes of the record's fp32 one on CUDA. Query and key norms, rotation, softcap, losses: fp32."""
     def __init__(self, cfg: Config, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype, self.half = dtype, cfg.num_layers // 2
@@ -725,10 +721,8 @@ class GPT(nn.Module):
         self, ids: Tensor, targets: Tensor, at: Tensor | None = None, adapters: Adapters = NO_LORA, memory: Any = None
     ) -> Tensor:
         """Cross-entropy of each target in nats, always one per token: (B, S) fp32. Callers reduce.
-
         ids (B, T); targets (B, S) follow the positions `at` (B, S) of each row, which alone reach the head; None stands
-        for every position (S = T). With `memory`, rows go on where it ends.
-        """
+        for every position (S = T). With `memory`, rows go on where it ends."""
         rope = memory.rope if memory else self.rope[:, : ids.size(1)].unbind()
         x = self.tok_emb(ids).to(self.dtype)
         x = x0 = F.rms_norm(x, x.shape[-1:])
@@ -746,7 +740,6 @@ class GPT(nn.Module):
         logits = project(F.rms_norm(x, x.shape[-1:]), head, adapters.get("lm_head")).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-
 
 def frozen(model: GPT) -> GPT:
     """A copy that only evaluates: its weights are in the compute dtype already, and none of them learns."""
@@ -772,11 +765,8 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
 
 class Muon:
     """Momentum, orthogonalised by Newton-Schulz: for the matrices inside the blocks, not for embeddings or vectors.
-
     Every matrix is the work of one rank, its owner, which alone has its mean gradient and its momentum; its update goes
-    to all in bf16. `shares` are the matrices by owner; those of one shape are orthogonalised together.
-    """
-
+    to all in bf16. `shares` are the matrices by owner; those of one shape are orthogonalised together."""
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime) -> None:
         self.param_groups = [{"params": params, "lr": lr, "base_lr": lr, "momentum": 0.0}]
         shares = share_documents(np.array([p.numel() for p in params]), rt.world)
@@ -803,10 +793,7 @@ class Muon:
 
 class Adam:
     """Adam, as fused in torch.optim: state in the dtype of the parameter, arithmetic in fp32. A group has one dtype.
-
-    Source: https://arxiv.org/abs/1412.6980.
-    """
-
+    Source: https://arxiv.org/abs/1412.6980."""
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
         self.param_groups, self.betas, self.eps = groups, betas, eps
         self.state = {p: {"step": torch.zeros((), dtype=torch.float32, device=p.device), "exp_avg": torch.zeros_like(p),
@@ -853,11 +840,12 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def calibrate(model: GPT, cfg: Config, rows: int, length: int = 256) -> dict[str, tuple[Tensor, Tensor]]:
     """What the loss makes of errors in each matrix, as rows of tokens spread over the training shards show it.
-
     An error E (out, in) costs about the sum over i of S_i (E M E^T)_ii / 2 nats a token: M = E[x x^T] of the inputs,
     S_i = E[g_i^2] of the loss's gradients at the outputs, which are taken to know nothing of each other. Returns M
-    (in, in) and S (out,) by name. Source: K-FAC, https://arxiv.org/abs/1503.05671.
-    """
+    (in, in) and S (out,) by name; an embedding that is no head has M = 1. `UserError` without shards that fit. Source:
+    K-FAC, https://arxiv.org/abs/1503.05671."""
+    missing = f"ARTIFACT_BUDGET={cfg.artifact_budget}: weights that exceed it are rounded as training shards teach"
+    require(any(Path(cfg.data_path).glob("fineweb_train_*.bin")), f"{missing}, found none in DATA_PATH={cfg.data_path}")
     stream = TokenStream(open_shards(cfg.data_path, "fineweb_train_*.bin"))
     model = frozen(model).to("cpu", torch.float32)  # where it repeats to the bit, whatever the run's device
     model.dtype, length = torch.float32, min(length, model.rope.size(1))
@@ -870,11 +858,15 @@ def calibrate(model: GPT, cfg: Config, rows: int, length: int = 256) -> dict[str
             if func is F.linear:
                 x, (moments, slopes) = args[0].detach().flatten(0, -2), seen[args[1]]
                 moments += x.mT @ x / count
-                out.requires_grad_().register_hook(lambda grad: note(slopes, grad))
+                out.requires_grad_().register_hook(lambda grad: note(slopes, grad.square().sum((0, 1))))
+            elif func is F.embedding and model.lm_head:
+                ids, (moments, slopes) = F.one_hot(args[0].flatten(), cfg.vocab_size).float(), seen[args[1]]
+                moments.fill_diagonal_(1)
+                out.requires_grad_().register_hook(lambda grad: note(slopes, grad.square().mean(2).flatten() @ ids))
             return out
 
-    def note(slopes: Tensor, grad: Tensor) -> None:
-        slopes += grad.square().sum((0, 1)) / count
+    def note(slopes: Tensor, squares: Tensor) -> None:
+        slopes += squares / count
 
     for start in range(0, count, length):
         tokens = torch.from_numpy(stream.read(int(stream.begins[-1]) * start // count, length + 1))[None]
@@ -882,15 +874,16 @@ def calibrate(model: GPT, cfg: Config, rows: int, length: int = 256) -> dict[str
         with Watch():
             loss = model(tokens[:, :-1], tokens[:, 1:]).sum()
         loss.backward()
-    return {name: seen[p] for name, p in model.named_parameters() if p in seen and seen[p][1].any()}
+    found = {name: seen[p] for name, p in model.named_parameters() if p in seen and seen[p][0].any()}
+    sound = all(part.isfinite().all() for pair in found.values() for part in pair)
+    require(sound, "the weights make activations that are not finite; expected a sound model, no artifact was written")
+    return found
 
 def plan_rounding(weights: Tensor, moments: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(W, feedback, care) of B matrices: what `round_matrices` goes by. W (B, in, out), M (B, in, in), S (B, out).
-
     Columns are rounded from the last to the first, and each makes up for what the errors of those before it do to the
     output: `feedback` (B, in, in). What its own error e then still costs is (care e)^2, `care` (B, in, out). Source:
-    GPTQ, https://arxiv.org/abs/2210.17323, as nearest planes.
-    """
+    GPTQ, https://arxiv.org/abs/2210.17323, as nearest planes."""
     size = moments.diagonal(0, 1, 2).mean(1)[:, None, None]
     factor = torch.linalg.cholesky(moments + (0.1 * size + 1e-30) * torch.eye(moments.size(1))).mT
     pivots = factor.diagonal(0, 1, 2)[:, :, None]
@@ -898,16 +891,14 @@ def plan_rounding(weights: Tensor, moments: Tensor, slopes: Tensor) -> tuple[Ten
 
 def round_matrices(w: Tensor, feedback: Tensor, care: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
     """(q (B, out, in), scales fp16 (B, out), whether q is too wide for int8 (B,)): W is about q^T * scales.
-
     Bits are spent best where every weight's step is unit / care. A row's scale is its finest step, as far as int8 goes,
-    and columns that matter less take multiples of it, which entropy coding turns into fewer bits.
-    """
+    and columns that matter less take multiples of it, which entropy coding turns into fewer bits."""
     ideal, most, error = unit / care, w.abs().amax(1, keepdim=True), torch.zeros_like(w)
     fine = ideal.amin(1, keepdim=True).minimum(2 * most)
     scale = fine.maximum(most / 127)
     # Should int8 lose over ten times what `unit` asks for, fp16 pays: it takes 2 bits more, if its steps are octaves.
     wide = (scale / ideal).clamp_min(1).square().mean((1, 2), keepdim=True) > 10
-    scale = torch.where(wide, fine, scale).clamp_min(2**-24).log2()
+    scale = torch.where(wide, fine, scale).clamp(2**-24, 2**15).log2()  # within fp16
     scale = torch.where(wide, scale.round(), (4 * scale).ceil() / 4).exp2().half().float()  # few values, which compress
     ticks = (ideal / scale).log2().round().exp2().clamp(1, 127)
     steps, limits = scale * ticks, torch.where(wide, math.inf, (127 / ticks).floor())
@@ -923,10 +914,8 @@ def round_matrices(w: Tensor, feedback: Tensor, care: Tensor, unit: float) -> tu
 
 def quantize_state(state: Mapping[str, Tensor], plans: list[tuple], unit: float = 0.0) -> dict[str, Any]:
     """The artifact's content, in the published layout (spec section 5), from a state dict on the CPU.
-
-    `plans` hold names and what `plan_rounding` made of their matrices, which become int8; other tensors, fp16. Without
-    plans all are as they were.
-    """
+    `plans` hold names and what `plan_rounding` made of their matrices, which become int8, or fp16 where that is too
+    coarse; other tensors, fp16 if they fit. Without plans all are as they were."""
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
     out: dict[str, Any] = {"__quant_format__": QUANT_FORMAT} | {part: {} for part in parts}
     rounded: dict[str, Any] = {}
@@ -951,32 +940,34 @@ def pack(content: Mapping[str, Any]) -> bytes:
     deflater = zlib.compressobj(9, strategy=zlib.Z_RLE)
     return deflater.compress(buffer.getbuffer()) + deflater.flush()
 
-def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Mapping]) -> dict[str, Any]:
-    """Content whose artifact fits `budget` together with this script: exact if that does, else by search."""
+def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Mapping]) -> tuple[dict[str, Any], bytes]:
+    """(content, artifact) that fits `budget` together with this script: exact if that does, else by search."""
     room, numbers = budget - len(source_code().encode()), sum(tensor.numel() for tensor in state.values())
     small = sum(tensor.nbytes for tensor in state.values()) < 1.4 * room
-    if small and len(pack(content := quantize_state(state, []))) <= room:
-        return content
+    if small and len(blob := pack(content := quantize_state(state, []))) <= room:
+        return content, blob
+    refusal = f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the coarsest artifact takes"
+    remedy = "raise it and go on from the .pt file with EVAL_ONLY=1"
+    require(room > 0, f"{refusal} more; {remedy}")
     shapes, plans = {}, []
     for name, found in calibrated(min(64, max(4, 10**8 // numbers))).items():
         shapes.setdefault(state[name].shape, []).append((name, state[name].float().mT, *found))
     for names, *tensors in (zip(*same, strict=True) for same in shapes.values()):  # those of one shape together
         plans.append((names, *plan_rounding(*map(torch.stack, tensors))))
     # In octaves of `unit`: where artifacts are too large, the next try, where they fit. One octave is a bit a weight.
-    low, at, high, slope, last, best = -60.0, 0.0, 60.0, numbers / 8, None, (-math.inf, None)
+    low, at, high, slope, last, best, tries = -60.0, 0.0, 60.0, numbers / 8, None, (None, b""), 0
     bits = torch.cat([2 + (w.std(1, keepdim=True) * care).log2().flatten()[::16] for _, w, _, care in plans])
     for _ in range(50):
-        at += (bits - at).clamp(0, 16).mean().item() - 8 * max(room, 0) / numbers
+        at = max(at + (bits - at).clamp(0, 16).mean().item() - 8 * room / numbers, low + 1)
     aim = 0.9985
-    while high - low > 0.05 and best[0] < (2 * aim - 1) * room:  # the tries grow less demanding
-        size = len(pack(content := quantize_state(state, plans, 2.0**at)))
-        low, high, best = (low, at, (size, content)) if size <= room else (at, high, best)
+    while high - low > 0.05 and len(best[1]) < (2 * aim - 1) * room:  # the tries grow less demanding
+        size = len(blob := pack(content := quantize_state(state, plans, 2.0**at)))
+        low, high, best = (low, at, (content, blob)) if size <= room else (at, high, best)
         slope = min(max((last[1] - size) / (at - last[0]), numbers / 40), numbers) if last else slope
-        last, at, aim = (at, size), at + (size - aim * room) / slope, 1 - 1.5 * (1 - aim)
-        at = at if low < at < high else (low + high) / 2
-    found = f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the coarsest artifact takes {size}"
-    require(best[1], f"{found}; raise it and go on from the .pt file with EVAL_ONLY=1")
-    return best[1]
+        last, at, aim, tries = (at, size), at + (size - aim * room) / slope, 1 - 1.5 * (1 - aim), tries + 1
+        at = at if low < at < high and tries < 10 else (low + high) / 2
+    require(best[1], f"{refusal} {size}; {remedy}")
+    return best
 
 def dequantize_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """A state dict in the dtypes of training. `KeyError`, `ValueError` for what neither we nor the record can write."""
@@ -1011,8 +1002,8 @@ def export(model: GPT, cfg: Config, rt: Runtime) -> Path:
     raw, code = raw.getbuffer(), len(source_code().encode())
     if not cfg.eval_only:
         rt.write(path.with_name("final_model.pt"), raw)
-    content = fit(state, cfg.artifact_budget, functools.partial(calibrate, model, cfg))
-    rt.write(path, blob := pack(content))
+    content, blob = fit(state, cfg.artifact_budget, functools.partial(calibrate, model, cfg))
+    rt.write(path, blob)
     before = sum(tensor.nbytes for tensor in state.values())
     after = sum(tensor.nbytes for part in ("quantized", "scales", "passthrough") for tensor in content[part].values())
     rt.log(f"Serialized model: {len(raw)} bytes")

@@ -43,9 +43,27 @@ def trained(rt, tmp_path):
 
 
 def fitted(model, cfg, room):
-    """Content that leaves `room` bytes for the artifact."""
+    """The content of an artifact of at most `room` bytes."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return tg.fit(state, CODE + room, functools.partial(tg.calibrate, model, cfg))
+    content, blob = tg.fit(state, CODE + room, functools.partial(tg.calibrate, model, cfg))
+    assert blob == tg.pack(content)
+    return content
+
+
+def test_every_matrix_is_rounded(rt, trained):
+    """An embedding that is no head, whose rows count as often as they are used, and matrices without a gradient."""
+    _, cfg = trained
+    cfg = replace(cfg, tie_embeddings=False)
+    fresh = tg.GPT(cfg, rt.dtype)  # its output projections and head are zero: nothing before them has a gradient
+    for model in (tiny_model(cfg, rt), fresh):
+        found = tg.calibrate(model, cfg, 4)
+        assert len(found) == 3 * 6 + 2
+        content = fitted(model, cfg, 25_000)
+        assert content["quantized"].keys() == found.keys()
+        if model is not fresh:
+            moments, slopes = found["tok_emb.weight"]
+            assert torch.equal(moments, torch.eye(32)) and (slopes > 0).any() and (slopes == 0).any()
+            assert (found["lm_head.weight"][1] > 0).all()
 
 
 def test_with_room_to_spare_nothing_is_lost(trained):
@@ -150,7 +168,7 @@ def test_steps_follow_what_errors_cost():
     q, scale, wide = tg.round_matrices(*tg.plan_rounding(w, moments, slopes), 0.1)
     assert 3 < scale[0, 1] / scale[0, 0] < 5 and not wide.any()
     ticks = q[0, :, 5].abs().unique()
-    assert all(tick % 2 == 0 for tick in ticks) and (q[0, :, 6] % 2 != 0).any()
+    assert ticks.any() and all(tick % 2 == 0 for tick in ticks) and (q[0, :, 6] % 2 != 0).any()
     assert (q.abs() <= 127).all()
 
 

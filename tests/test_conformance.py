@@ -15,12 +15,13 @@ SCORES = EXPECTED["evaluation"]["scores"]
 
 @pytest.fixture(scope="module")
 def artifact():
-    """(model, documents, config, runtime): the published artifact as the script loads it, in bf16."""
+    """(model, documents, config, runtime): the published artifact as the script loads it: DTYPE is auto."""
     env = {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE), "TRAIN_SEQ_LEN": "512",
            "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"), "EVAL_ONLY": "1",
-           "DTYPE": "bfloat16", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}  # fmt: skip
-    rt = tg.Runtime(CPU, torch.bfloat16)
-    cfg, weights, _, docs, _ = tg.load_inputs(tg.read_config(env), rt)
+           "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}  # fmt: skip
+    cfg = tg.read_config(env)
+    rt = tg.Runtime(CPU, tg.choose_dtype(cfg)[0])
+    cfg, weights, _, docs, _ = tg.load_inputs(cfg, rt)
     model = tg.GPT(cfg, rt.dtype)
     tg.copy_tensors(model.state_dict(), weights, "artifact")
     return model, docs, cfg, rt
@@ -36,6 +37,7 @@ def test_counts(artifact):
 @pytest.mark.parametrize(("name", "tolerance"), [("flat", 0.0015), ("doc", 0.0005), ("stride", 0.0005), ("ttt", 0.003)])
 def test_ladder(artifact, name, tolerance):
     model, docs, cfg, rt = artifact
+    tolerance += 0.0005 * (rt.dtype == torch.float32)  # published scores are of bf16, which not every CPU can multiply
     score = tg.evaluate(model, docs, tg.ladder(docs, cfg, rt)[name], cfg, rt)
     draws = SCORES["flat_seq_len_512" if name == "flat" else name]
     assert score.bpb == pytest.approx(sum(bpb for _, bpb in draws) / len(draws), abs=tolerance)

@@ -165,8 +165,9 @@ def test_adam_equals_that_of_torch():
 def test_the_compiler_is_not_imported_by_a_run_that_does_not_compile():
     """Its import takes as long as that of torch itself."""
     code = "import sys, torch, train_gpt as tg; m = torch.nn.Linear(2, 2); p = [m.weight]; rt = tg.Runtime("
-    code += "torch.device('cpu'), torch.float32); tg.Muon(p, 0.1, 5, rt); "
-    code += "tg.Adam([{'params': [m.bias], 'lr': 0.1}], (0.9, 0.95), 1e-8); m(torch.ones(1, 2)).sum().backward(); "
+    code += "torch.device('cpu'), torch.float32); o = tg.Muon(p, 0.1, 5, rt); "
+    code += "a = tg.Adam([{'params': [m.bias], 'lr': 0.1}], (0.9, 0.95), 1e-8); m(torch.ones(1, 2)).sum().backward(); "
+    code += "o.step(); a.step(); "
     code += "sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tg.Path(tg.__file__).parent).returncode == 0
 

@@ -153,7 +153,7 @@ def test_world_size_does_not_move_training_or_score(runs):
 def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path, dtype):
     artifact = str(runs[1][1] / "final_model.int8.ptz")
     lines, scores, positions = ("final_int8_ttt_lora", "final_int8_zlib_roundtrip", "final_int8_ttt_stream"), [], []
-    few = {"float32": None, "bfloat16": "8"}[dtype]  # which a CPU without bf16 emulates, thirty times as slowly
+    few = {"float32": None, "bfloat16": "4"}[dtype]  # which a CPU without bf16 emulates, thirty times as slowly
     for ranks in (0, 2, 3):
         done = run_script(tmp_path, ranks, EVAL_ONLY="1", MODEL_PATH=artifact, MAX_VAL_DOCS=few, DTYPE=dtype)
         scores.append([final(done, line) for line in lines])
@@ -165,14 +165,12 @@ def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path
         assert score == pytest.approx(scores[0], abs=2e-4)
 
 
-def test_three_ranks_train_or_explain_themselves(tmp_path):
+def test_three_ranks_explain_themselves(tmp_path):
     done = run_script(tmp_path, 3, ITERATIONS="1")
     assert done.returncode != 0
     assert re.findall(r"^error: .*$", done.stderr, re.M) == [
         "error: TRAIN_BATCH_TOKENS=4096: expected a multiple of 384 (world size 3 x GRAD_ACCUM_STEPS 1 x TRAIN_SEQ_LEN"
         " 128); the nearest is 4224"]  # fmt: skip
-    done = run_script(tmp_path, 3, ITERATIONS="1", TRAIN_BATCH_TOKENS="4224")
-    assert final(done) > 0
 
 
 def test_evaluating_a_published_artifact_needs_no_shape_and_no_training_shards(tmp_path):
@@ -189,6 +187,21 @@ def test_a_plain_state_dict_is_made_an_artifact_before_it_is_scored(tmp_path):
     settings = EVAL_ARTIFACT | {"MODEL_PATH": str(CONFORMANCE / "init.pt")}
     assert final(run_script(tmp_path, **settings)) > 2
     assert [path.name for path in tmp_path.glob("*.p*")] == ["eval_init.int8.ptz"]  # no other run's file is touched
+
+
+def test_weights_that_exceed_the_budget_are_rounded(tmp_path):
+    """By rank 0 while the other one waits, and read back by both; without shards to learn from, in vain."""
+    budget = len(tg.source_code().encode()) + 80_000
+    done = run_script(tmp_path, 2, ITERATIONS="2", EVAL="flat", ARTIFACT_BUDGET=str(budget))
+    headroom = re.search(rf"^submission_size:\d+ budget:{budget} headroom:(\d+) PASS", done.stdout, re.M)[1]
+    assert int(headroom) < 12_000  # of the 80,000; two steps after the start, sizes move in leaps
+    assert abs(final(done, "final_int8_zlib_roundtrip") - final(done, r"step:2/2")) < 0.05
+    (data := tmp_path / "data").mkdir()
+    (data / "fineweb_val_000000.bin").symlink_to(CONFORMANCE / "fineweb_val_000000.bin")
+    again = {"EVAL_ONLY": "1", "MODEL_PATH": str(tmp_path / "final_model.pt"), "DATA_PATH": str(data)}
+    done = run_script(tmp_path, ARTIFACT_BUDGET=str(budget), **again)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(rf"^error: ARTIFACT_BUDGET={budget}: .* training shards", done.stderr, re.M)
 
 
 def test_text_before_the_first_document_is_accounted_for(tmp_path):
