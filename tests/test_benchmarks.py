@@ -36,7 +36,7 @@ def test_invariance_prints_spreads_and_judges_them(monkeypatch, capsys, promised
     monkeypatch.setattr(invariance, "RUNS", runs)
     monkeypatch.setattr(invariance, "PROMISED", {"float32": promised})
     artifact = str(CONFORMANCE / "final_model.int8.ptz")
-    arguments = ["--artifact", artifact, "--data", str(CONFORMANCE), "--docs", "4"]
+    arguments = ["--artifact", artifact, "--data", str(CONFORMANCE), "--docs", "2"]
     monkeypatch.setattr(sys, "argv", ["invariance.py", *arguments])
     assert invariance.main() == status
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
@@ -106,7 +106,7 @@ def test_checkpoints_are_measured():
 
 def test_rate_distortion_compares_at_equal_bytes(capsys, tmp_path, monkeypatch):
     """On the published artifact's weights, which its own quantiser has coarsened already."""
-    bench = ttt_eval.Bench.load(CONFORMANCE / "final_model.int8.ptz", CONFORMANCE, 6)
+    bench = ttt_eval.Bench.load(CONFORMANCE / "final_model.int8.ptz", CONFORMANCE, 3)
     monkeypatch.setattr(rate_distortion, "FLOORS", (8, 16))
     rows = rate_distortion.compare(bench)
     assert [(name, floor) for name, floor, *_ in rows] == [
