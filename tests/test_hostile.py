@@ -1018,7 +1018,7 @@ def outcome_of(work):
         signal.alarm(0)
 
 
-COUNTS = {"ptz": 900, "pt": 400, "state": 300, "bin": 400, "env": 500}
+COUNTS = {"ptz": 760, "pt": 340, "state": 260, "bin": 330, "env": 420}
 
 
 def fuzz_cases(folder, rng):
