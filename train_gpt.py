@@ -853,6 +853,7 @@ def calibrate(model: GPT, cfg: Config, rows: int, length: int = 256) -> dict[str
     seen = {p: (torch.zeros(p.size(1), p.size(1)), torch.zeros(len(p))) for p in model.parameters() if p.ndim == 2}
 
     class Watch(TorchFunctionMode):
+        """Sees every product with a matrix, and looks up what its inputs and its output's gradient are."""
         def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             if func is F.linear:
@@ -866,6 +867,7 @@ def calibrate(model: GPT, cfg: Config, rows: int, length: int = 256) -> dict[str
             return out
 
     def note(slopes: Tensor, squares: Tensor) -> None:
+        """For a hook, which must return nothing."""
         slopes += squares / count
 
     for start in range(0, count, length):

@@ -153,11 +153,12 @@ def test_world_size_does_not_move_training_or_score(runs):
 def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path, dtype):
     artifact = str(runs[1][1] / "final_model.int8.ptz")
     lines, scores, positions = ("final_int8_ttt_lora", "final_int8_zlib_roundtrip", "final_int8_ttt_stream"), [], []
-    few = {"float32": None, "bfloat16": "4"}[dtype]  # which a CPU without bf16 emulates, thirty times as slowly
-    for ranks in (0, 2, 3)[: 3 if few is None else 2]:
+    # A CPU without bf16 emulates it, thirty times as slowly.
+    few, worlds = {"float32": (None, (0, 2, 3)), "bfloat16": ("4", (0, 2))}[dtype]
+    for ranks in worlds:
         done = run_script(tmp_path, ranks, EVAL_ONLY="1", MODEL_PATH=artifact, MAX_VAL_DOCS=few, DTYPE=dtype)
         scores.append([final(done, line) for line in lines])
-        positions.append(re.findall(r"^(flat|stream) positions:(\d+)/(\d+)", done.stdout, re.M))
+        positions.append(re.findall(r"^(flat|stream) positions:(\d+)/(\d+)(?: partial)?$", done.stdout, re.M))
     if dtype == "float32":  # and the same as in the run that trained it
         assert scores[0][:2] == [final(runs[1][0], line) for line in lines[:2]]
     assert len(positions[0]) == 2 and positions == [positions[0]] * len(scores)  # counted over all ranks
