@@ -870,8 +870,9 @@ def calibrate(model: GPT, cfg: Config, rows: int, length: int = 256) -> dict[str
         """For a hook, which must return nothing."""
         slopes += squares / count
 
-    for start in range(0, count, length):
-        tokens = torch.from_numpy(stream.read(int(stream.begins[-1]) * start // count, length + 1))[None]
+    places = [int(stream.begins[-1]) * row // rows for row in range(rows)]
+    for first in range(0, rows, 8):
+        tokens = torch.from_numpy(np.stack([stream.read(place, length + 1) for place in places[first : first + 8]]))
         require(tokens.max() < cfg.vocab_size, f"DATA_PATH={cfg.data_path}: found tokens of another vocabulary")
         with Watch():
             loss = model(tokens[:, :-1], tokens[:, 1:]).sum()
@@ -952,16 +953,17 @@ def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Ma
     remedy = "raise it and go on from the .pt file with EVAL_ONLY=1"
     require(room > 0, f"{refusal} more; {remedy}")
     shapes, plans = {}, []
-    for name, found in calibrated(min(64, max(4, 10**8 // numbers))).items():
+    for name, found in calibrated(min(64, max(4, 8 * 10**7 // numbers))).items():
         shapes.setdefault(state[name].shape, []).append((name, state[name].float().mT, *found))
     for names, *tensors in (zip(*same, strict=True) for same in shapes.values()):  # those of one shape together
         plans.append((names, *plan_rounding(*map(torch.stack, tensors))))
     # In octaves of `unit`: where artifacts are too large, the next try, where they fit. One octave is a bit a weight.
-    low, at, high, slope, last, best, tries = -60.0, 0.0, 60.0, numbers / 8, None, (None, b""), 0
+    low, at, high, slope, last, best, aim, tries = -60.0, 0.0, 60.0, numbers / 8, None, (None, b""), 0.997, 0
     bits = torch.cat([2 + (w.std(1, keepdim=True) * care).log2().flatten()[::16] for _, w, _, care in plans])
-    for _ in range(50):
-        at = max(at + (bits - at).clamp(0, 16).mean().item() - 8 * room / numbers, low + 1)
-    aim = 0.9985
+    for _ in range(50):  # bits beyond those of int8 are clipped, or fp16 takes its place
+        wish = bits - at
+        cost = torch.where(wish > 8.7, wish + 2, wish.clamp(0, 7)).clamp(max=16).mean()
+        at = max(at + 0.5 * (cost.item() - 8 * room / numbers), low + 1)
     while high - low > 0.05 and len(best[1]) < (2 * aim - 1) * room:  # the tries grow less demanding
         size = len(blob := pack(content := quantize_state(state, plans, 2.0**at)))
         low, high, best = (low, at, (content, blob)) if size <= room else (at, high, best)

@@ -107,10 +107,10 @@ def test_checkpoints_are_measured():
 def test_rate_distortion_compares_at_equal_bytes(capsys, tmp_path, monkeypatch):
     """On the published artifact's weights, which its own quantiser has coarsened already."""
     bench = ttt_eval.Bench.load(CONFORMANCE / "final_model.int8.ptz", CONFORMANCE, 3)
-    monkeypatch.setattr(rate_distortion, "FLOORS", (8, 16))
+    monkeypatch.setattr(rate_distortion, "FLOORS", (8, 12))
     rows = rate_distortion.compare(bench)
     assert [(name, floor) for name, floor, *_ in rows] == [
-        ("as it is", 8), ("as it is", 16), ("of every matrix", 8), ("of every matrix", 16)]  # fmt: skip
+        ("as it is", 8), ("as it is", 12), ("of every matrix", 8), ("of every matrix", 12)]  # fmt: skip
     for _, _, size, theirs, ours in rows:
         assert 20_000 < size < 800_000 and theirs > 0.002 and ours < theirs / 3
     table = capsys.readouterr().out.splitlines()[-len(rows) :]
@@ -124,8 +124,8 @@ def test_quantisation_is_timed(capsys):
     cfg = replace(tiny_config(), data_path=str(CONFORMANCE), vocab_size=1024, artifact_budget=budget)
     rate_distortion.timing(cfg, 1)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[0].split(":")[0] for row in rows] == ["the record's", "ours", "ours", "ours"]
-    assert int(rows[0][2]) > int(rows[2][2]) > 0.97 * 40_000
+    assert [row[0].split(":")[0] for row in rows] == ["the record's", "ours", "of these"]
+    assert int(rows[0][2]) > int(rows[1][2]) > 0.97 * 40_000
 
 
 def tiny_training(**settings):
