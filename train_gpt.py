@@ -61,8 +61,8 @@ PRESETS: dict[str, dict[str, Any]] = {"baseline": {}, "cpu": dict(
     data_path="./data/demo", tokenizer_path="./data/demo/tokenizer.model", max_wallclock_seconds=175.0, num_layers=4,
     model_dim=192, num_heads=3, num_kv_heads=1, train_seq_len=512, train_batch_tokens=2048, grad_accum_steps=2,
     val_batch_size=16384, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03, warmup_steps=1, warmdown_iters=600,
-    muon_momentum_warmup_steps=60, val_loss_every=0, train_log_every=50, ttt_eval_seq_len=512, ttt_batch_size=16,
-    eval=("flat", "doc", "stride", "ttt", "stream"), checkpoint_seconds=30.0)}  # fmt: skip
+    muon_momentum=0.8, muon_momentum_warmup_steps=0, val_loss_every=0, train_log_every=50, ttt_eval_seq_len=512,
+    eval=("flat", "doc", "stride", "ttt", "stream"), checkpoint_seconds=30.0, ttt_batch_size=16)}  # fmt: skip
 
 class UserError(ValueError):
     """Something a user can put right: shown as one line, without a traceback, with exit status 1."""
