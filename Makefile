@@ -10,7 +10,7 @@ TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone
 .PHONY: demo test lint fineweb train clean
 .DELETE_ON_ERROR:
 
-# Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 5 minutes on 2 cores after the installation.
+# Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 6 minutes on 2 cores after the installation.
 demo: $(DEMO)/manifest.json $(VENV)/dev
 	PRESET=cpu OUT_DIR=out/demo SCORES_PATH=scores.csv RUN_ID=demo-$$(date +%Y%m%d-%H%M%S) sh -c ' \
 	  $(TORCHRUN) --nproc_per_node=1 train_gpt.py && \

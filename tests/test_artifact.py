@@ -1,5 +1,6 @@
 """The artifact: the published container, no byte too many, the least loss for its bytes, strangers' files refused."""
 
+import copy
 import functools
 import io
 import zlib
@@ -117,6 +118,14 @@ def test_a_budget_that_nothing_fits_is_refused_and_the_weights_are_kept(rt, trai
     saved = torch.load(tmp_path / "final_model.pt", weights_only=True)
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
     assert not list(tmp_path.glob("*.ptz"))
+
+
+def test_weights_that_no_token_reaches_are_refused(trained):
+    """An embedding of zeros has no activations to calibrate with."""
+    model, cfg = copy.deepcopy(trained[0]), trained[1]
+    model.tok_emb.weight.data.zero_()
+    with pytest.raises(tg.UserError, match=f"ARTIFACT_BUDGET={CODE + 20_000}: found no matrix that any token reaches"):
+        fitted(model, cfg, 20_000)
 
 
 def test_calibration_measures_inputs_and_outputs(rt, trained):
