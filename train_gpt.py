@@ -962,7 +962,7 @@ def fit(state: Mapping[str, Tensor], budget: int, calibrated: Callable[[int], Ma
     low, high, slope, last, best, aim, tries = -60.0, 60.0, numbers / 8, None, (None, b""), 0.997, 0
     bits = torch.cat([2 + (w.std(1, keepdim=True) * care).log2().flatten()[::61] for _, w, _, care in plans])
     at = max(low + 1, bits.median().item())
-    for _ in range(50):  # int8 spends 7 bits at most; where it misses the wish by a factor of 10, fp16 spends 2 more
+    for _ in range(50):  # int8 spends 7 bits at most; where that lost ten times as much as asked, fp16 takes 2 more
         wish = bits - at
         cost = torch.where(wish > 8.7, wish + 2, wish.clamp(0, 7)).clamp(max=16).mean()
         at = max(at + 0.5 * (cost.item() - 8 * room / numbers), low + 1)
