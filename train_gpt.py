@@ -22,6 +22,7 @@ import ctypes
 import difflib
 import fcntl
 import functools
+import gc
 import io
 import itertools
 import math
@@ -1460,9 +1461,9 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     rt.log("compile:started")
     began, failure, forward = rt.seconds(), "", torch.compile(model, dynamic=False, fullgraph=True)
     rows = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len)
-    x = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
-    try:  # once, on zeros, so that neither the compiler's time nor its failure falls into training
-        forward(x, x).mean().backward()
+    zeros = torch.zeros(2, rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
+    try:  # once, on two tensors as in training, so that neither the compiler's time nor its failure falls into it
+        forward(*zeros).mean().backward()
     except Exception as error:  # no C++ compiler, an unsupported operator: eager trains the same way, slower
         failure = f"{error!r:.160}"
     model.zero_grad(set_to_none=True)
@@ -1726,6 +1727,8 @@ def main() -> int:
     """The program. Returns its exit status: 0, 1 for an error, 75 where a signal has stopped it."""
     rt, status, agreed = None, 0, True
     try:
+        require(not sys.argv[1:], f"command line: found {' '.join(sys.argv[1:])!r:.80}, expected nothing; settings are"
+                " environment variables: ITERATIONS=500 python train_gpt.py", kind=AgreedError)
         cfg = read_config(os.environ)
         rt = Runtime.create(cfg, os.environ)
         rt.listen()
@@ -1752,4 +1755,5 @@ def main() -> int:
     return status
 
 if __name__ == "__main__":
+    gc.freeze()  # all that the imports made lives to the end: no collection, in a step or at the exit, looks at it
     sys.exit(main())

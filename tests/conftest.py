@@ -42,14 +42,19 @@ TINY_RUN = {
 EVAL_ARTIFACT = {"EVAL_ONLY": "1", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"), "TRAIN_SEQ_LEN": "512"}
 
 
-def run_script(out_dir, ranks=0, script=ROOT / "train_gpt.py", **settings):
-    """Run the script as a user does; ranks=0 without torchrun. Returns the finished process."""
+def invocation(out_dir, ranks=0, script=ROOT / "train_gpt.py", restarts=0, **settings):
+    """(command, environment) that start the script as a user does; ranks=0 without torchrun, None unsets a setting."""
     ours = {f.upper() for f in tg.Config.__dataclass_fields__} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
     env = {key: value for key, value in os.environ.items() if key not in ours}
     env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out_dir), "RUN_ID": "test"} | TINY_RUN | settings
     env = {key: value for key, value in env.items() if value is not None}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    command = [sys.executable, *torchrun, str(script)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    return [sys.executable, *(torchrun if ranks else []), str(script)], env
+
+
+def run_script(out_dir, ranks=0, **settings):
+    """Run the script as a user does, see invocation. Returns the finished process."""
+    command, env = invocation(out_dir, ranks, **settings)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500, cwd=out_dir)
 
 

@@ -141,7 +141,7 @@ def test_spaces_inside_pieces_count_one_byte_each(spaced, rt, text):
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_run_that_counts_wrongly_prints_no_score(tmp_path, ranks):
     script = changed_script(tmp_path, "+ (self.leading_space[target]", "+ 2 * (self.leading_space[target]")
-    done = run_script(tmp_path, ranks, script, **EVAL_ARTIFACT)
+    done = run_script(tmp_path, ranks, script=script, **EVAL_ARTIFACT)
     assert refusal(done).startswith("error: audit bytes: up to token ")
     assert "bpb" not in done.stdout
 
@@ -328,7 +328,7 @@ def test_a_run_that_learns_before_it_scores_stops(tmp_path, ranks):
     old = "    return losses.detach()\n"
     again = "losses = score_then_learn(model, chunk, rows, adapters, memory, False)"
     new = f"        if learn:\n            {again}\n{old}"
-    done = run_script(tmp_path, ranks, changed_script(tmp_path, old, new), **EVAL_ARTIFACT)
+    done = run_script(tmp_path, ranks, script=changed_script(tmp_path, old, new), **EVAL_ARTIFACT)
     assert refusal(done).startswith("error: audit causality: ")
     assert "condition:flat" in done.stdout and "condition:ttt" not in done.stdout
 
@@ -336,7 +336,7 @@ def test_a_run_that_learns_before_it_scores_stops(tmp_path, ranks):
 def test_a_run_that_skips_tokens_stops(tmp_path):
     old = "                ledger.index_add_("
     script = changed_script(tmp_path, old, f"                entry[:, -1, -1] *= numbers.max() != 1\n{old}")
-    line = refusal(run_script(tmp_path, 0, script, **EVAL_ARTIFACT, EVAL="stride"))
+    line = refusal(run_script(tmp_path, script=script, **EVAL_ARTIFACT, EVAL="stride"))
     assert re.match(r"error: audit coverage: position \d+: scored 0 times, loss 0; expected 1 times", line)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFORMANCE, ROOT, TINY_RUN, write_shard
+from conftest import CONFORMANCE, ROOT, TINY_RUN, invocation, write_shard
 
 import train_gpt as tg
 
@@ -55,17 +56,10 @@ ARTIFACTS = ("final_model.pt", "final_model.int8.ptz")
 class Program:
     """The script as a process, or as several under torchrun, all of which are gone after the `with` block."""
 
-    def __init__(self, out, ranks=0, restarts=0, limit=None, script=ROOT / "train_gpt.py", **settings):
-        """Start it in the folder `out`; `limit` is the size in bytes that no file may exceed."""
-        ours = {f.upper() for f in tg.Config.__dataclass_fields__} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    def __init__(self, out, ranks=0, limit=None, **settings):
+        """Start it in the folder `out`, see invocation; `limit` is the size in bytes that no file may exceed."""
         self.mark = f"STARTED_BY_TEST={uuid.uuid4()}"
-        env = {key: value for key, value in os.environ.items() if key not in ours}
-        env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out)} | RUN | settings
-        env |= dict([self.mark.split("=")])
-        env = {key: value for key, value in env.items() if value is not None}
-        command = [sys.executable, str(script)]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command[1:1] = [*torchrun, f"--max-restarts={restarts}"] if ranks else []
+        command, env = invocation(out, ranks, **RUN | settings | dict([self.mark.split("=")]))
         out.mkdir(parents=True, exist_ok=True)
         self.folder, self.files = out, [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self.process = subprocess.Popen(command, env=env, cwd=out, stdout=self.files[0], stderr=self.files[1])
@@ -76,7 +70,7 @@ class Program:
         return self
 
     def __exit__(self, *_):
-        self.process.poll()
+        self.process.kill()  # a process that has just been started shows no environment yet
         while alive := self.family():
             for pid in alive:
                 self.kill(KILL, pid)
@@ -651,16 +645,19 @@ def test_damaged_parts_of_an_evaluation_are_scored_again(tmp_path, base, trained
 @pytest.mark.parametrize(("moment", "rank"), [("step:12/", 1), ("audit causality: condition:ttt", 0)])
 def test_torchrun_restarts_and_the_run_ends_as_if_nothing_had_happened(tmp_path, base2, moment, rank):
     """One rank is killed, in training and in evaluation; the logs of both attempts are there."""
-    with Program(tmp_path, restarts=1, **AUTO, **TWO) as program:
+    late = "audit" in moment
+    out, settings = (continued(base2, tmp_path, step(40)), {}) if late else (tmp_path, BRIEF)
+    with Program(out, restarts=1, **AUTO, **TWO, **settings) as program:
         program.line(moment)
-        time.sleep(0.4 if "audit" in moment else 0.05)
+        time.sleep(0.4 if late else 0.05)
         program.kill(KILL, program.rank(rank))
         program.end()
-    assert re.search("^resume:.* step:[1-9]", program.out, re.M)
+    assert len(re.findall("^resume:.* step:[1-9]", program.out, re.M)) == 1 + late
     again = re.findall(r"^(?:ladder condition:|final_\w+|step:\d+/\d+ (?=val)).*", program.log, re.M)
-    assert [re.sub(r" (?:eval|train)_time:.*", "", line) for line in again] == scores(base2)
-    assert losses(program) == losses(base2) and (tmp_path / "logs" / "test.1.txt").exists()
-    assert content(tmp_path, *ARTIFACTS, "scores.csv") == content(base2.folder, *ARTIFACTS, "scores.csv")
+    assert [re.sub(r" (?:eval|train)_time:.*", "", line) for line in again] == scores(base2)[: None if late else 4]
+    assert late or losses(program) == losses(base2)
+    names = (*ARTIFACTS, "scores.csv") if late else ARTIFACTS
+    assert content(tmp_path, *names) == content(base2.folder, *names) and (tmp_path / "logs" / "test.1.txt").exists()
     assert not parts(tmp_path)
 
 
@@ -744,15 +741,12 @@ def test_no_room_for_more_of_the_log_ends_no_training(tmp_path, base):
 
 def test_a_reader_that_leaves_ends_no_training(tmp_path, base):
     """As in `python train_gpt.py | head -n 3`."""
-    with Program(tmp_path, **BRIEF) as program:
-        shell = f"{sys.executable} {ROOT / 'train_gpt.py'} | head -n 3"
-        environment = Path(f"/proc/{program.pid}/environ").read_bytes().decode().split("\0")[:-1]
-        env = dict(line.split("=", 1) for line in environment) | {"OUT_DIR": str(tmp_path / "piped")}
-        piped = subprocess.run(shell, shell=True, env=env, capture_output=True, text=True, timeout=LONG)
-        program.end()
+    command, env = invocation(tmp_path, **RUN | BRIEF)
+    piped = subprocess.run(f"{shlex.join(command)} | head -n 3", shell=True, env=env, capture_output=True, text=True,
+                           timeout=LONG)  # fmt: skip
     assert len(piped.stdout.splitlines()) == 3 and piped.stderr.startswith("warning: standard output: Broken pipe; ")
-    assert content(tmp_path / "piped", *ARTIFACTS) == content(base.folder, *ARTIFACTS)
-    assert (tmp_path / "piped" / "logs" / "test.txt").read_text().count("/40 train_loss:") == 40
+    assert content(tmp_path, *ARTIFACTS) == content(base.folder, *ARTIFACTS)
+    assert (tmp_path / "logs" / "test.txt").read_text().count("/40 train_loss:") == 40
 
 
 def test_no_room_for_a_checkpoint(tmp_path, base):
