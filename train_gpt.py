@@ -118,7 +118,7 @@ class Config:
     grad_accum_steps: int = _opt(0, "micro-steps per step; 0: 8 (cpu: 2) / world size where whole, else 1", 0)
     # Model
     vocab_size: int = _opt(1024, "pieces", 4, 65536)
-    num_layers: int = _opt(9, "blocks", 1, 1000)
+    num_layers: int = _opt(9, "blocks", 1, 300)  # `unpack` takes no larger table of contents than that of 300
     model_dim: int = _opt(512, "width", 2, 65536)
     num_heads: int = _opt(8, "query heads", 1, 1000)
     num_kv_heads: int = _opt(4, "key/value heads", 1, 1000)

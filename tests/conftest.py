@@ -48,8 +48,8 @@ def invocation(out_dir, ranks=0, script=ROOT / "train_gpt.py", restarts=0, **set
     env = {key: value for key, value in os.environ.items() if key not in ours}
     env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out_dir), "RUN_ID": "test"} | TINY_RUN | settings
     env = {key: value for key, value in env.items() if value is not None}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
-    return [sys.executable, *(torchrun if ranks else []), str(script)], env
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    return [sys.executable, *(["-m", *torchrun] if ranks else []), str(script)], env
 
 
 def run_script(out_dir, ranks=0, **settings):

@@ -1,6 +1,7 @@
 """The settings: defaults of the record, presets, and a reader that refuses in one line."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -103,3 +104,11 @@ def test_nearest_batch_works():
         tg.read_config(env)
     nearest = str(refused.value).split()[-1]
     assert tg.read_config(env | {"TRAIN_BATCH_TOKENS": nearest}).train_batch_tokens == int(nearest)
+
+
+def test_arguments_are_refused(monkeypatch, capsys):
+    """Not ignored, as if `--iterations 5` had been understood."""
+    monkeypatch.setattr(tg.sys, "argv", ["train_gpt.py", "--iterations", "5"])
+    assert tg.main() == 1
+    out, err = capsys.readouterr()
+    assert not out and re.fullmatch(r"error: command line: found '--iterations 5', expected nothing; .*\n", err)

@@ -154,13 +154,11 @@ def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path
     artifact = str(runs[1][1] / "final_model.int8.ptz")
     lines, scores, positions = ("final_int8_ttt_lora", "final_int8_zlib_roundtrip", "final_int8_ttt_stream"), [], []
     # A CPU without bf16 emulates it, thirty times as slowly.
-    few, worlds = {"float32": (None, (0, 2, 3)), "bfloat16": ("2", (0, 2))}[dtype]
+    few, worlds = {"float32": ("10", (0, 2, 3)), "bfloat16": ("2", (0, 2))}[dtype]
     for ranks in worlds:
         done = run_script(tmp_path, ranks, EVAL_ONLY="1", MODEL_PATH=artifact, MAX_VAL_DOCS=few, DTYPE=dtype)
         scores.append([final(done, line) for line in lines])
         positions.append(re.findall(r"^(flat|stream) positions:(\d+)/(\d+)(?: partial)?$", done.stdout, re.M))
-    if dtype == "float32":  # and the same as in the run that trained it
-        assert scores[0][:2] == [final(runs[1][0], line) for line in lines[:2]]
     assert len(positions[0]) == 2 and positions == [positions[0]] * len(scores)  # counted over all ranks
     for score in scores:
         assert score == pytest.approx(scores[0], abs=2e-4)

@@ -18,7 +18,7 @@ import plot
 import pytest
 import run_log
 import stats
-from conftest import EVAL_ARTIFACT, ROOT, run_script
+from conftest import CONFORMANCE, EVAL_ARTIFACT, ROOT, run_script, write_shard
 
 import train_gpt as tg
 
@@ -735,12 +735,15 @@ def test_the_command_prints_where_the_record_is(runs, tmp_path, capsys, monkeypa
 
 def test_real_runs_become_a_record(tmp_path):
     """Two tiny trainings, and what the tools make of what they wrote."""
+    (data := tmp_path / "data").mkdir()
+    (data / "fineweb_train_000000.bin").symlink_to(CONFORMANCE / "fineweb_train_000000.bin")
+    write_shard(data / "fineweb_val_000000.bin", tg.open_shard(CONFORMANCE / "fineweb_val_000000.bin")[:4000])
     paths = []
     for seed in ("1", "2"):
         out = tmp_path / seed
         out.mkdir()
         settings = dict(MAX_VAL_DOCS=None, SEED=seed, EVAL="flat,doc,stride,ttt", SCORES_PATH="scores.csv")
-        done = run_script(out, ITERATIONS="3", **settings)
+        done = run_script(out, ITERATIONS="3", DATA_PATH=str(data), **settings)
         assert not done.returncode, done.stderr
         paths.append(out / "logs" / "test.txt")
     logs = [run_log.read_log(path) for path in paths]

@@ -34,6 +34,16 @@ def test_ten_golden_steps(rt):
     assert losses == pytest.approx(GOLDEN["train_loss"], abs=GOLDEN["tolerance"])
 
 
+def test_the_deepest_model_can_be_resumed(rt, tmp_path):
+    """The reader, which refuses long lists of tensors, takes that of the most layers, and no setting asks for more."""
+    with pytest.raises(tg.UserError, match="NUM_LAYERS='301'"):
+        tg.read_config({"NUM_LAYERS": "301"})
+    cfg = tiny_config(num_layers=300, model_dim=8, num_heads=2, num_kv_heads=1, vocab_size=16)
+    state = {"tensors": tg.Trainer(tg.GPT(cfg, rt.dtype), tg.TokenStream([]), cfg, rt, {}).tensors()}
+    rt.save(tmp_path / "state.pt", state)
+    assert tg.load_state(tmp_path / "state.pt")["tensors"].keys() == state["tensors"].keys()
+
+
 def test_warm_up_leaves_no_trace(rt):
     cfg = tiny_config(warmup_steps=0)
     plain, warmed = make_trainer(cfg, rt), make_trainer(tiny_config(warmup_steps=3), rt)
