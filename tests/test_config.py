@@ -62,7 +62,7 @@ def test_micro_steps_keep_the_batch_whole(world, accum):
         ("ITERATIONS", "-1", "a whole number from 0 to 1e+18"),
         ("ITERATIONS", "", "a whole number"),
         ("ITERATIONS", "9" * 40, "a whole number"),
-        ("NUM_LAYERS", "0", "from 1 to 1000"),
+        ("NUM_LAYERS", "0", "from 1 to 300"),
         ("MATRIX_LR", "fast", "a number from 0 to 1e+18"),
         ("MATRIX_LR", "nan", "a number from 0 to 1e+18"),
         ("MATRIX_LR", "inf", "a number from 0 to 1e+18"),
@@ -112,3 +112,13 @@ def test_arguments_are_refused(monkeypatch, capsys):
     assert tg.main() == 1
     out, err = capsys.readouterr()
     assert not out and re.fullmatch(r"error: command line: found '--iterations 5', expected nothing; .*\n", err)
+
+
+def test_three_ranks_explain_themselves():
+    """As in `torchrun --nproc_per_node=3` of a recipe for a power of two."""
+    settings = {"PRESET": "baseline", "DEVICE": "cpu", "TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "128"}
+    with pytest.raises(tg.UserError) as refused:
+        tg.read_config(settings | {"WORLD_SIZE": "3"})
+    assert str(refused.value) == (
+        "TRAIN_BATCH_TOKENS=4096: expected a multiple of 384 (world size 3 x GRAD_ACCUM_STEPS 1 x TRAIN_SEQ_LEN 128);"
+        " the nearest is 4224")  # fmt: skip

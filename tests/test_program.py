@@ -154,7 +154,7 @@ def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path
     artifact = str(runs[1][1] / "final_model.int8.ptz")
     lines, scores, positions = ("final_int8_ttt_lora", "final_int8_zlib_roundtrip", "final_int8_ttt_stream"), [], []
     # A CPU without bf16 emulates it, thirty times as slowly.
-    few, worlds = {"float32": ("10", (0, 2, 3)), "bfloat16": ("2", (0, 2))}[dtype]
+    few, worlds = {"float32": ("10", (0, 3)), "bfloat16": ("2", (0, 2))}[dtype]
     for ranks in worlds:
         done = run_script(tmp_path, ranks, EVAL_ONLY="1", MODEL_PATH=artifact, MAX_VAL_DOCS=few, DTYPE=dtype)
         scores.append([final(done, line) for line in lines])
@@ -162,14 +162,6 @@ def test_the_same_artifact_scores_the_same_on_any_number_of_ranks(runs, tmp_path
     assert len(positions[0]) == 2 and positions == [positions[0]] * len(scores)  # counted over all ranks
     for score in scores:
         assert score == pytest.approx(scores[0], abs=2e-4)
-
-
-def test_three_ranks_explain_themselves(tmp_path):
-    done = run_script(tmp_path, 3, ITERATIONS="1")
-    assert done.returncode != 0
-    assert re.findall(r"^error: .*$", done.stderr, re.M) == [
-        "error: TRAIN_BATCH_TOKENS=4096: expected a multiple of 384 (world size 3 x GRAD_ACCUM_STEPS 1 x TRAIN_SEQ_LEN"
-        " 128); the nearest is 4224"]  # fmt: skip
 
 
 def test_evaluating_a_published_artifact_needs_no_shape_and_no_training_shards(tmp_path):
@@ -223,17 +215,12 @@ def test_text_before_the_first_document_is_accounted_for(tmp_path):
     assert len(re.findall(r"^sha256 val:\w{64} fineweb_val_00000[01]\.bin$", done.stdout, re.M)) == 2
 
 
-def test_every_printed_line_of_a_partial_run_says_so(tmp_path):
-    done = run_script(tmp_path, **EVAL_ARTIFACT, MAX_VAL_DOCS="2")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) > 5
-    assert all(line.endswith(" partial") for line in done.stdout.splitlines())
-
-
-def test_out_dir_takes_everything(tmp_path):
+def test_a_partial_run_says_so_in_every_line_and_out_dir_takes_everything(tmp_path):
     out, here = tmp_path / "made" / "on demand", tmp_path / "here"
     here.mkdir()
-    done = run_script(here, **EVAL_ARTIFACT, OUT_DIR=str(out), MAX_VAL_DOCS="1")
-    assert done.returncode == 0, done.stderr
+    done = run_script(here, **EVAL_ARTIFACT, OUT_DIR=str(out), MAX_VAL_DOCS="2")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 5
+    assert all(line.endswith(" partial") for line in done.stdout.splitlines())
     assert not list(here.iterdir()) and (out / "logs" / "test.txt").exists()
 
 
@@ -247,8 +234,7 @@ def test_bad_settings_fail_in_one_line_on_every_rank(tmp_path, ranks):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_bad_files_fail_in_one_line_before_anything_is_trained(tmp_path, ranks):
+def test_bad_files_fail_in_one_line_before_anything_is_trained(tmp_path):
     """A truncated shard that would only be read much later."""
     data = tmp_path / "data"
     data.mkdir()
@@ -256,7 +242,7 @@ def test_bad_files_fail_in_one_line_before_anything_is_trained(tmp_path, ranks):
         (data / name).symlink_to(CONFORMANCE / name)
     shard = write_shard(data / "fineweb_train_000001.bin", [1] * 1000)
     shard.write_bytes(shard.read_bytes()[:-2])
-    done = run_script(tmp_path, ranks, DATA_PATH=str(data))
+    done = run_script(tmp_path, 2, DATA_PATH=str(data))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1
     assert "fineweb_train_000001.bin: found 3022 bytes" in errors[0] and 'train_gpt.py", line' not in done.stderr
@@ -291,15 +277,10 @@ def test_wallclock_cap_with_two_ranks(tmp_path):
     assert f"step:{step[2]}/100000 val_loss:" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"NUM_LAYERS": "1"},  # no skip weights
-        {"TIE_EMBEDDINGS": "0", "MAX_VAL_DOCS": "1"},  # one document, shorter than a row, for two ranks
-    ],
-)
-def test_unusual_shapes_run_on_two_ranks(tmp_path, settings):
-    assert final(run_script(tmp_path, 2, ITERATIONS="2", **settings)) > 0
+def test_an_unusual_shape_runs_on_two_ranks(tmp_path):
+    """No skip weights, a head of its own; and the second rank has no document, the first one shorter than a row."""
+    done = run_script(tmp_path, 2, ITERATIONS="2", NUM_LAYERS="1", TIE_EMBEDDINGS="0", MAX_VAL_DOCS="1")
+    assert final(done) > 0
 
 
 def test_compiled_and_eager_training_agree(tmp_path):
