@@ -810,7 +810,7 @@ def test_no_room_for_the_artifact(tmp_path, base):
 
 def test_no_room_for_the_scores(tmp_path, base, trained):
     before = earlier(continued(base, tmp_path, "logs/test.txt"), "scores.csv")
-    done = run(tmp_path, 1, **trained | {"EVAL": "flat", "TTT_CHUNK_SIZE": "1", "RUN_ID": "new"}, limit=150_000)
+    done = run(tmp_path, 1, **trained | {"EVAL": "flat,doc", "TTT_CHUNK_SIZE": "1", "RUN_ID": "new"}, limit=200_000)
     refused_write(done, "scores.csv")
     assert content(tmp_path, *before) == before
     assert re.search("^ladder condition:flat ", done.out, re.M)  # the score itself is not lost
