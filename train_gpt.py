@@ -38,7 +38,7 @@ import traceback
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
@@ -57,6 +57,7 @@ from tqdm import tqdm
 # ==== Config: what can be set =========================================================================================
 RUNGS = ("flat", "doc", "stride", "ttt", "stream_fast", "stream")
 TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "fc", "mlp.proj", "lm_head")
+MOST_LAYERS = 300  # `unpack` takes a checkpoint's table of contents up to that of 364
 # Overrides of the defaults in `Config`. `cpu` was chosen by measurement on two cores; records/NOTES.md has the tries.
 PRESETS: dict[str, dict[str, Any]] = {"baseline": {}, "cpu": dict(
     data_path="./data/demo", tokenizer_path="./data/demo/tokenizer.model", max_wallclock_seconds=175.0, num_layers=4,
@@ -118,7 +119,7 @@ class Config:
     grad_accum_steps: int = _opt(0, "micro-steps per step; 0: 8 (cpu: 2) / world size where whole, else 1", 0)
     # Model
     vocab_size: int = _opt(1024, "pieces", 4, 65536)
-    num_layers: int = _opt(9, "blocks", 1, 300)  # `unpack` takes no larger table of contents than that of 300
+    num_layers: int = _opt(9, "blocks", 1, MOST_LAYERS)
     model_dim: int = _opt(512, "width", 2, 65536)
     num_heads: int = _opt(8, "query heads", 1, 1000)
     num_kv_heads: int = _opt(4, "key/value heads", 1, 1000)
@@ -1050,7 +1051,7 @@ def shape_from_weights(state: Mapping[str, Tensor], cfg: Config, path: str) -> C
         needed, held = count_parameters(cfg), sum(tensor.numel() for tensor in state.values())
         # Before the model is built: a few hundred bytes can claim to be of any shape.
         found = f"{cfg.num_layers} layers, {held} numbers where a model of its shape has {needed}"
-        require(needed <= 2 * held and cfg.num_layers <= 1000, found)
+        require(needed <= 2 * held and cfg.num_layers <= MOST_LAYERS, found)
     return cfg
 
 def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -1461,9 +1462,9 @@ def compile_forward(model: GPT, cfg: Config, rt: Runtime) -> Callable[[Tensor, T
     rt.log("compile:started")
     began, failure, forward = rt.seconds(), "", torch.compile(model, dynamic=False, fullgraph=True)
     rows = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps * cfg.train_seq_len)
-    zeros = torch.zeros(2, rows, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
-    try:  # once, on two tensors as in training, so that neither the compiler's time nor its failure falls into it
-        forward(*zeros).mean().backward()
+    zeros = torch.zeros(rows * cfg.train_seq_len + 1, dtype=torch.int64, device=rt.device)
+    try:  # once, on two views as `next_batch` makes them, so that neither compiling nor its failure falls into training
+        forward(*(part.view(rows, -1) for part in (zeros[:-1], zeros[1:]))).mean().backward()
     except Exception as error:  # no C++ compiler, an unsupported operator: eager trains the same way, slower
         failure = f"{error!r:.160}"
     model.zero_grad(set_to_none=True)
@@ -1723,11 +1724,11 @@ def run(cfg: Config, rt: Runtime) -> None:
         trainer.report(str(evaluate(model, docs, flat, cfg, rt)))
     score_artifact(model, artifact, docs, cfg, rt, {name: hashes[name] for name in hashes if "_train_" not in name})
 
-def main() -> int:
-    """The program. Returns its exit status: 0, 1 for an error, 75 where a signal has stopped it."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """The program, which takes no arguments. Returns its exit status: 0, 1 for an error, 75 for a signal's stop."""
     rt, status, agreed = None, 0, True
     try:
-        require(not sys.argv[1:], f"command line: found {' '.join(sys.argv[1:])!r:.80}, expected nothing; settings are"
+        require(not arguments, f"command line: found {' '.join(arguments)!r:.80}, expected nothing; settings are"
                 " environment variables: ITERATIONS=500 python train_gpt.py", kind=AgreedError)
         cfg = read_config(os.environ)
         rt = Runtime.create(cfg, os.environ)
@@ -1756,4 +1757,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     gc.freeze()  # all that the imports made lives to the end: no collection, in a step or at the exit, looks at it
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -138,10 +138,9 @@ def test_spaces_inside_pieces_count_one_byte_each(spaced, rt, text):
     tg.audit_bytes(docs, table, spaced, rt)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_run_that_counts_wrongly_prints_no_score(tmp_path, ranks):
+def test_a_run_that_counts_wrongly_prints_no_score(tmp_path):
     script = changed_script(tmp_path, "+ (self.leading_space[target]", "+ 2 * (self.leading_space[target]")
-    done = run_script(tmp_path, ranks, script=script, **EVAL_ARTIFACT)
+    done = run_script(tmp_path, 2, script=script, **EVAL_ARTIFACT)
     assert refusal(done).startswith("error: audit bytes: up to token ")
     assert "bpb" not in done.stdout
 
@@ -323,12 +322,11 @@ def test_scores_that_are_no_numbers_do_not_pass(scored, rt, monkeypatch, fill):
         tg.audit_causality(model, docs, HOW, cfg, rt)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_run_that_learns_before_it_scores_stops(tmp_path, ranks):
+def test_a_run_that_learns_before_it_scores_stops(tmp_path):
     old = "    return losses.detach()\n"
     again = "losses = score_then_learn(model, chunk, rows, adapters, memory, False)"
     new = f"        if learn:\n            {again}\n{old}"
-    done = run_script(tmp_path, ranks, script=changed_script(tmp_path, old, new), **EVAL_ARTIFACT)
+    done = run_script(tmp_path, 2, script=changed_script(tmp_path, old, new), **EVAL_ARTIFACT)
     assert refusal(done).startswith("error: audit causality: ")
     assert "condition:flat" in done.stdout and "condition:ttt" not in done.stdout
 
@@ -343,10 +341,9 @@ def test_a_run_that_skips_tokens_stops(tmp_path):
 # -- what is not finite, and what is too large --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_diverging_training_stops_and_exports_nothing(tmp_path, ranks):
+def test_a_diverging_training_stops_and_exports_nothing(tmp_path):
     """A rate that overflows: every rank stops, rank 0 says at which step and parameter."""
-    done = run_script(tmp_path, ranks, MATRIX_LR="1e18", SCALAR_LR="1e18", ITERATIONS="30", WARMUP_STEPS="0")
+    done = run_script(tmp_path, 2, MATRIX_LR="1e18", SCALAR_LR="1e18", ITERATIONS="30", WARMUP_STEPS="0")
     line = r"error: step (\d+): the (?:gradient of|weight) (\S+) is not finite; the last good state is that after"
     found = re.match(rf"{line} step (\d+); nothing was exported", refusal(done))
     assert 1 < int(found[1]) <= 10 and int(found[3]) == int(found[1]) - 1

@@ -46,17 +46,18 @@ def test_ladder(artifact, name, tolerance):
 
 def test_training(tmp_path, artifact):
     """The steps from the given weights, run as a user runs them, all 120 and the final score where the processor
-    multiplies bf16. Elsewhere fp32, which takes minutes, stops before the rates begin to fall: the losses of 60."""
+    multiplies bf16. Elsewhere, in fp32, the first 40, which take a minute: the momentum has risen, no rate falls."""
     training = EXPECTED["training"]
     env = {name: str(value) for name, value in training["env"].items()}
     env |= {"MODEL_PATH": str(CONFORMANCE / "init.pt"), "TRAIN_LOG_EVERY": "1", "MAX_VAL_DOCS": None}
     env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"]), "EVAL": "flat"}
-    assert (env["ITERATIONS"], env["WARMDOWN_ITERS"]) == ("120", "60")
-    whole, steps = (True, 120) if artifact[3].dtype is torch.bfloat16 else (False, 60)
-    done = run_script(tmp_path, **env if whole else env | {"ITERATIONS": "60", "WARMDOWN_ITERS": "0"})
+    assert [env[name] for name in ("ITERATIONS", "WARMDOWN_ITERS", "MUON_MOMENTUM_WARMUP_STEPS")] == ["120", "60", "40"]
+    whole, steps = (True, 120) if artifact[3].dtype is torch.bfloat16 else (False, 40)
+    done = run_script(tmp_path, **env if whole else env | {"ITERATIONS": "40", "WARMDOWN_ITERS": "0"})
     assert done.returncode == 0, done.stderr
     losses = [float(value) for value in re.findall(r"train_loss:([\d.]+)", done.stdout)]
     assert losses[:10] == pytest.approx(training["train_loss"][:10], abs=0.005)
     assert losses == pytest.approx(training["train_loss"][:steps], abs=0.04)
-    final = float(re.search(rf"step:{steps}/{steps} val_loss:[\d.]+ val_bpb:([\d.]+)", done.stdout)[1])
-    assert not whole or final == pytest.approx(training["final_val"]["val_bpb"], abs=0.01)
+    if whole:
+        final = float(re.search(r"step:120/120 val_loss:[\d.]+ val_bpb:([\d.]+)", done.stdout)[1])
+        assert final == pytest.approx(training["final_val"]["val_bpb"], abs=0.01)

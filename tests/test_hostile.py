@@ -502,7 +502,7 @@ def bombs():
     yield "doubled-format", zipped(form | {"__quant_format__": doubled(40)})
     yield "ten-thousand-layers", saved(claimed_layers(10_000))
     yield "one-entry-listed-often", listed_often(saved({"w": torch.ones(10**6)}), 4000)
-    nothing = {f"archive/{i}": b"" for i in range(2**15)}
+    nothing = {f"archive/{i}": b"" for i in range(70_000)}  # more than 16 bits count
     yield "empty-entries", rezipped(saved({"w": torch.ones(3)}), lambda entries: entries | nothing)
     rows = torch.ones(1).expand(2**20)
     yield "repeated", saved({f"w{i}": rows for i in range(1000)} | {EMB: torch.ones(1).expand(20_000, 20_000)})
@@ -558,8 +558,8 @@ def test_bombs_cost_neither_memory_nor_time(tmp_path):
     (tmp_path / "good.ptz").write_bytes(in_form("ptz", content))
     names = ["good.ptz"]
     slow = ("pickle-almost-large", "empty-entries")  # seconds each, and in a .ptz, once inflated, the same again
-    files = [(f"{name}.pt", in_form("pt", blob)) for name, blob in bombs()]
-    files += [(f"{name}.ptz", in_form("ptz", blob)) for name, blob in bombs() if name not in slow]
+    files = [(f"{name}.{kind}", in_form(kind, blob)) for name, blob in bombs()
+             for kind in ("pt", "ptz")[: 1 if name in slow else 2]]  # fmt: skip
     files += [("zeros.ptz", billion := deflated(b"", BIG)), ("good-and-zeros.ptz", deflated(content, BIG))]
     files += [("good-then-zeros.ptz", in_form("ptz", content) + billion)]
     for name, blob in files:
