@@ -1748,6 +1748,8 @@ def main(arguments: Sequence[str] = ()) -> int:
             print(line, file=sys.stderr, flush=True)
             with contextlib.suppress(AttributeError, OSError, UserError):  # no log yet; a full disk takes no last line
                 rt.log(line, console=False)
+        elif rt is None:  # torchrun ends all ranks with the first, which must be the one that speaks
+            time.sleep(30)
         if not known and not number:
             traceback.print_exc()
     if agreed and dist.is_initialized():  # else another rank may be waiting for this one, and leaving would wait for it

@@ -227,12 +227,18 @@ def test_a_partial_run_says_so_in_every_line_and_out_dir_takes_everything(tmp_pa
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_bad_settings_fail_in_one_line_on_every_rank(tmp_path, ranks):
-    done = run_script(tmp_path, ranks, MATRIX_LR="fast")
+    """Even if rank 0, which says so, is the last one to start."""
+    (out := tmp_path / "out").mkdir()
+    (script := tmp_path / "late.py").write_text(f"""import os, runpy, time
+time.sleep(4 * (os.environ.get("RANK") == "0"))
+runpy.run_path({str(ROOT / "train_gpt.py")!r}, run_name="__main__")
+""")
+    done = run_script(out, ranks, script=script, MATRIX_LR="fast")
     assert done.returncode != 0 and done.stdout == ""
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == ["error: MATRIX_LR='fast': expected a number from 0 to 1e+18; set it so or unset it"]
     assert ranks or done.stderr.splitlines() == errors
-    assert not list(tmp_path.iterdir())
+    assert not list(out.iterdir())
 
 
 def test_bad_files_fail_in_one_line_before_anything_is_trained(tmp_path):
