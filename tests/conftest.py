@@ -67,6 +67,16 @@ def changed_script(folder, old, new):
     return path
 
 
+def script_behind(folder, line):
+    """A script that runs `line`, which may use os and time, and then the program."""
+    path = folder / "behind.py"
+    path.write_text(f"""import os, runpy, time
+{line}
+runpy.run_path({str(ROOT / "train_gpt.py")!r}, run_name="__main__")
+""")
+    return path
+
+
 def write_shard(path, tokens):
     """A shard as the format describes it, written here independently of data/make_shards.py."""
     header = np.zeros(256, dtype="<i4")

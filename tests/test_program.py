@@ -17,7 +17,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import torch
-from conftest import CONFORMANCE, EVAL_ARTIFACT, ROOT, TINY_RUN, run_script, write_shard
+from conftest import CONFORMANCE, EVAL_ARTIFACT, ROOT, TINY_RUN, run_script, script_behind, write_shard
 
 import train_gpt as tg
 
@@ -229,10 +229,7 @@ def test_a_partial_run_says_so_in_every_line_and_out_dir_takes_everything(tmp_pa
 def test_bad_settings_fail_in_one_line_on_every_rank(tmp_path, ranks):
     """Even if rank 0, which says so, is the last one to start."""
     (out := tmp_path / "out").mkdir()
-    (script := tmp_path / "late.py").write_text(f"""import os, runpy, time
-time.sleep(4 * (os.environ.get("RANK") == "0"))
-runpy.run_path({str(ROOT / "train_gpt.py")!r}, run_name="__main__")
-""")
+    script = script_behind(tmp_path, 'time.sleep(4 * (os.environ.get("RANK") == "0"))')
     done = run_script(out, ranks, script=script, MATRIX_LR="fast")
     assert done.returncode != 0 and done.stdout == ""
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
