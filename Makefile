@@ -24,6 +24,7 @@ test: lint
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # The published data, and the full run on GPUS graphics cards.
 fineweb: $(VENV)/runtime

@@ -27,11 +27,17 @@ def measure(preset: str, data: Path, repeats: int) -> tuple[int, float, float]:
     env = {"PRESET": preset, "DEVICE": "cpu", "DATA_PATH": str(data)}
     cfg = tg.read_config(env | ({"TRAIN_BATCH_TOKENS": "8192"} if preset == "baseline" else {}))
     with tempfile.TemporaryDirectory() as folder:
-        cfg, rt = replace(cfg, out_dir=folder), tg.Runtime(torch.device("cpu"), tg.choose_dtype(cfg)[0])
+        cfg, rt = (
+            replace(cfg, out_dir=folder),
+            tg.Runtime(torch.device("cpu"), tg.choose_dtype(cfg)[0]),
+        )
         Path(folder, "checkpoints").mkdir()
         stream = tg.TokenStream(tg.open_shards(str(data), "fineweb_train_*.bin"))
         torch.manual_seed(cfg.seed)
-        trainer, times = tg.Trainer(tg.GPT(cfg, rt.dtype), stream, cfg, rt, {}), {"save": [], "step": []}
+        trainer, times = (
+            tg.Trainer(tg.GPT(cfg, rt.dtype), stream, cfg, rt, {}),
+            {"save": [], "step": []},
+        )
         trainer.train_step()
         for _ in range(repeats):
             for name, work in (("step", trainer.train_step), ("save", trainer.save)):
@@ -45,14 +51,20 @@ def measure(preset: str, data: Path, repeats: int) -> tuple[int, float, float]:
 def main() -> None:
     """The table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards of a vocabulary of 1,024")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of shards of a vocabulary of 1,024"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    print("| preset | MB | seconds each | steps (eager) that it takes | share of the time, one every 30 s |")
+    print(
+        "| preset | MB | seconds each | steps (eager) that it takes | share of the time, one every 30 s |"
+    )
     print("|---|---|---|---|---|")
     for preset in ("cpu", "baseline"):
         size, save, step = measure(preset, options.data, options.repeats)
-        print(f"| {preset} | {size / 1e6:.1f} | {save:.2f} | {save / step:.2f} | {save / (30 + save):.2%} |")
+        print(
+            f"| {preset} | {size / 1e6:.1f} | {save:.2f} | {save / step:.2f} | {save / (30 + save):.2%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -45,8 +45,15 @@ class Bench:
     @classmethod
     def load(cls, artifact: Path, data: Path, docs: int) -> "Bench":
         """The artifact and the first `docs` documents (0: all) under the cpu preset, on this machine's best dtype."""
-        env = {"PRESET": "cpu", "DEVICE": "cpu", "EVAL_ONLY": "1", "MODEL_PATH": str(artifact), "DATA_PATH": str(data),
-               "TOKENIZER_PATH": str(data / "tokenizer.model"), "MAX_VAL_DOCS": str(docs)}  # fmt: skip
+        env = {
+            "PRESET": "cpu",
+            "DEVICE": "cpu",
+            "EVAL_ONLY": "1",
+            "MODEL_PATH": str(artifact),
+            "DATA_PATH": str(data),
+            "TOKENIZER_PATH": str(data / "tokenizer.model"),
+            "MAX_VAL_DOCS": str(docs),
+        }
         cfg = tg.read_config(env)
         with tempfile.TemporaryDirectory() as folder:  # for a log that nobody reads
             rt = replace(tg.Runtime.create(replace(cfg, out_dir=folder), {}), log_path=None)
@@ -62,7 +69,9 @@ class Bench:
         """The score under one variant; `computed` counts its positions."""
         if name != "naive":
             return tg.evaluate(self.model, self.docs, self.condition(name), self.cfg, self.rt)
-        ledger, computed = naive_ledger(self.model, self.docs, self.condition(name), self.cfg, self.rt)
+        ledger, computed = naive_ledger(
+            self.model, self.docs, self.condition(name), self.cfg, self.rt
+        )
         score = tg.Score.tally(ledger, self.docs, self.condition(name), self.cfg.ttt_chunk_size)
         return replace(score, computed=computed)
 
@@ -87,7 +96,9 @@ def naive_ledger(
                 begin = max(0, end - how.window)
                 spans.append((c * how.chunk - begin, end - begin))
                 if c < chunks[row]:
-                    text = docs.tokens[docs.starts[document] + begin : docs.starts[document] + end + 1].long()
+                    text = docs.tokens[
+                        docs.starts[document] + begin : docs.starts[document] + end + 1
+                    ].long()
                     ids[row, : end - begin], targets[row, : end - begin] = text[:-1], text[1:]
             losses = model(ids, targets, adapters=start.pairs(flat))
             computed += ids.numel()
@@ -113,7 +124,9 @@ class OperationCounter(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         self.count += 1
         return func(*args, **(kwargs or {}))
 
@@ -154,34 +167,53 @@ def compare(bench: Bench, repeats: int) -> None:
         peak_memory(reset=True)
         with FlopCounterMode(display=False) as flops, OperationCounter() as operations:
             cost.score = bench.evaluate(name)
-        cost.flops, cost.operations, cost.memory = flops.get_total_flops(), operations.count, peak_memory()
+        cost.flops, cost.operations, cost.memory = (
+            flops.get_total_flops(),
+            operations.count,
+            peak_memory(),
+        )
     for _ in range(repeats):
         for name, cost in costs.items():
             rates.append(matmul_rate(bench.rt.dtype))
             began = time.perf_counter()
             bench.evaluate(name)
             cost.seconds.append(time.perf_counter() - began)
-    rate, seconds = statistics.median(rates), {name: statistics.median(cost.seconds) for name, cost in costs.items()}
+    rate, seconds = (
+        statistics.median(rates),
+        {name: statistics.median(cost.seconds) for name, cost in costs.items()},
+    )
     stride, gain = costs["stride"].score.bpb, costs["stride"].score.bpb - costs["ttt"].score.bpb
-    print(f"documents:{len(bench.docs.starts)} predictions:{bench.docs.predictions.sum()} "
-          f"longest:{bench.docs.predictions.max()} repeats:{repeats} threads:{torch.get_num_threads()} "
-          f"matmul:{rate:.0f} GFLOP/s {bench.rt.dtype}")  # fmt: skip
-    print("| variant | val_bpb | gain over stride / ttt's | seconds | faster than naive | computed / needed "
-          "| TFLOP | GFLOP/s useful | of matmul | peak MB | operations a chunk |")  # fmt: skip
+    print(
+        f"documents:{len(bench.docs.starts)} predictions:{bench.docs.predictions.sum()} "
+        f"longest:{bench.docs.predictions.max()} repeats:{repeats} threads:{torch.get_num_threads()} "
+        f"matmul:{rate:.0f} GFLOP/s {bench.rt.dtype}"
+    )
+    print(
+        "| variant | val_bpb | gain over stride / ttt's | seconds | faster than naive | computed / needed "
+        "| TFLOP | GFLOP/s useful | of matmul | peak MB | operations a chunk |"
+    )
     print("|" + "---|" * 11)
     for name, cost in costs.items():
         how = bench.condition(name)
         needed = int(how.work(bench.docs.predictions).sum())
         chunks = int((-(-bench.docs.predictions // how.chunk)).sum())
         useful = cost.flops * needed / cost.score.computed / seconds[name] / 1e9
-        bpb, faster, spare = cost.score.bpb, seconds["naive"] / seconds[name], cost.score.computed / needed
-        print(f"| {name} | {bpb:.4f} | {(stride - bpb) / gain:.2f} | {seconds[name]:.1f} | {faster:.1f}x | {spare:.3f} "
-              f"| {cost.flops / 1e12:.2f} | {useful:.0f} | {useful / rate:.0%} | {cost.memory:.0f} "
-              f"| {cost.operations / chunks:.0f} |")  # fmt: skip
+        bpb, faster, spare = (
+            cost.score.bpb,
+            seconds["naive"] / seconds[name],
+            cost.score.computed / needed,
+        )
+        print(
+            f"| {name} | {bpb:.4f} | {(stride - bpb) / gain:.2f} | {seconds[name]:.1f} | {faster:.1f}x | {spare:.3f} "
+            f"| {cost.flops / 1e12:.2f} | {useful:.0f} | {useful / rate:.0%} | {cost.memory:.0f} "
+            f"| {cost.operations / chunks:.0f} |"
+        )
     for name in ("ttt", "stream"):
         work = bench.condition(name).work(bench.docs.predictions)
         shares = [work[share].sum() for share in tg.share_documents(work, 2)]
-        print(f"two ranks, {name}: the longer share has {2 * max(shares) / sum(shares):.3f} of half the positions")
+        print(
+            f"two ranks, {name}: the longer share has {2 * max(shares) / sum(shares):.3f} of half the positions"
+        )
 
 
 def synthetic(docs: tg.Documents, lengths: list[int]) -> tg.Documents:
@@ -190,13 +222,17 @@ def synthetic(docs: tg.Documents, lengths: list[int]) -> tg.Documents:
     starts = np.cumsum(predictions) - predictions
     where = np.arange(predictions.sum() + 1) % (len(docs.tokens) - 1)
     sizes = docs.bytes[where[:-1]]
-    return replace(docs, tokens=docs.tokens[where], bytes=sizes, starts=starts, predictions=predictions)
+    return replace(
+        docs, tokens=docs.tokens[where], bytes=sizes, starts=starts, predictions=predictions
+    )
 
 
 LONGEST, COUNTS = (1_000, 10_000, 30_000, 100_000), (50, 100, 200, 400, 800)
 
 
-def scaling(bench: Bench, total: int, longest_ones: tuple = LONGEST, counts: tuple = COUNTS) -> None:
+def scaling(
+    bench: Bench, total: int, longest_ones: tuple = LONGEST, counts: tuple = COUNTS
+) -> None:
     """How seconds and memory of a stream follow the longest document and the number of documents."""
     print("| longest | documents | predictions | us per token | peak MB |\n|" + "---|" * 5)
     for longest in longest_ones:
@@ -206,7 +242,10 @@ def scaling(bench: Bench, total: int, longest_ones: tuple = LONGEST, counts: tup
         replace(bench, docs=docs).evaluate("stream_fast")
         spent = time.perf_counter() - began
         count, tokens = len(docs.starts), docs.predictions.sum()
-        print(f"| {longest} | {count} | {tokens} | {spent / tokens * 1e6:.1f} | {peak_memory():.0f} |", flush=True)
+        print(
+            f"| {longest} | {count} | {tokens} | {spent / tokens * 1e6:.1f} | {peak_memory():.0f} |",
+            flush=True,
+        )
     rows = []
     print("\n| documents | predictions | seconds |\n|---|---|---|")
     for count in counts:
@@ -221,13 +260,20 @@ def scaling(bench: Bench, total: int, longest_ones: tuple = LONGEST, counts: tup
 def settings(bench: Bench) -> dict[str, tg.Condition]:
     """What the frontier is drawn from: the rungs of the ladder, and the stream with one thing or another changed."""
     best = bench.condition("stream")
-    chunks = {c: replace(best, chunk=c, lr=best.lr * (c / best.chunk) ** 0.5) for c in (16, 32, 256)}
+    chunks = {
+        c: replace(best, chunk=c, lr=best.lr * (c / best.chunk) ** 0.5) for c in (16, 32, 256)
+    }
     lessons = {
-        "head alone": {"targets": ("lm_head",)}, "MLP and head": {"targets": ("fc", "mlp.proj", "lm_head")},
-        "all projections": {"targets": tg.TARGETS}, "rank 8": {"rank": 8}, "spread 1": {"spread": 1.0},
-        "half the rate": {"lr": best.lr / 2}, "twice the rate": {"lr": best.lr * 2},
-        "beta1 0.9": {"betas": (0.9, 0.99)}, "beta2 0.999": {"betas": (0.0, 0.999)},
-    }  # fmt: skip
+        "head alone": {"targets": ("lm_head",)},
+        "MLP and head": {"targets": ("fc", "mlp.proj", "lm_head")},
+        "all projections": {"targets": tg.TARGETS},
+        "rank 8": {"rank": 8},
+        "spread 1": {"spread": 1.0},
+        "half the rate": {"lr": best.lr / 2},
+        "twice the rate": {"lr": best.lr * 2},
+        "beta1 0.9": {"betas": (0.9, 0.99)},
+        "beta2 0.999": {"betas": (0.0, 0.999)},
+    }
     changed = {f"stream, {label}": replace(best, **change) for label, change in lessons.items()}
     rungs = {name: bench.condition(name) for name in ("stride", "ttt", "stream_fast", "stream")}
     return rungs | {f"stream, chunk {c}": how for c, how in chunks.items()} | changed
@@ -236,7 +282,10 @@ def settings(bench: Bench) -> dict[str, tg.Condition]:
 def frontier(bench: Bench, picture: Path) -> None:
     """Gain over `stride` against seconds for many settings: a table, with intervals by document, and a picture."""
     rows, stride = [], None
-    print("| setting | val_bpb | gain over stride | 95 % interval | / ttt's | seconds | / ttt's |\n|" + "---|" * 7)
+    print(
+        "| setting | val_bpb | gain over stride | 95 % interval | / ttt's | seconds | / ttt's |\n|"
+        + "---|" * 7
+    )
     for name, how in settings(bench).items():
         began = time.perf_counter()
         score = tg.evaluate(bench.model, bench.docs, how, bench.cfg, bench.rt)
@@ -244,12 +293,17 @@ def frontier(bench: Bench, picture: Path) -> None:
         nats = np.bincount(score.columns["doc"], score.columns["loss_nats"]) / np.log(2)
         sizes = np.bincount(score.columns["doc"], score.columns["bytes"])
         stride = nats if stride is None else stride
-        draws = np.random.default_rng(0).integers(len(nats), size=(10_000, len(nats)))  # documents, with replacement
+        draws = np.random.default_rng(0).integers(
+            len(nats), size=(10_000, len(nats))
+        )  # documents, with replacement
         low, high = np.quantile((stride - nats)[draws].sum(1) / sizes[draws].sum(1), (0.025, 0.975))
         rows.append((name, (stride - nats).sum() / sizes.sum(), spent))
         gain, seconds = (rows[1][1], rows[1][2]) if len(rows) > 1 else (np.nan, np.nan)
-        print(f"| {name} | {score.bpb:.4f} | {rows[-1][1]:.4f} | {low:.4f} to {high:.4f} | {rows[-1][1] / gain:.2f} "
-              f"| {spent:.1f} | {spent / seconds:.2f} |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {score.bpb:.4f} | {rows[-1][1]:.4f} | {low:.4f} to {high:.4f} | {rows[-1][1] / gain:.2f} "
+            f"| {spent:.1f} | {spent / seconds:.2f} |",
+            flush=True,
+        )
     draw(rows, picture)
 
 
@@ -272,12 +326,27 @@ def draw(rows: list[tuple[str, float, float]], picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what an evaluation costs.")
     parser.add_argument("--artifact", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder of validation shards and tokenizer.model")
-    parser.add_argument("--docs", type=int, default=0, help="only the first so many documents (default: all)")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of validation shards and tokenizer.model"
+    )
+    parser.add_argument(
+        "--docs", type=int, default=0, help="only the first so many documents (default: all)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scaling", action="store_true", help="time against lengths and numbers of documents instead")
-    parser.add_argument("--frontier", type=Path, help="picture of gain against seconds, with its table, instead")
-    parser.add_argument("--total", type=int, default=1_200_000, help="predictions in the runs of --scaling by length")
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="time against lengths and numbers of documents instead",
+    )
+    parser.add_argument(
+        "--frontier", type=Path, help="picture of gain against seconds, with its table, instead"
+    )
+    parser.add_argument(
+        "--total",
+        type=int,
+        default=1_200_000,
+        help="predictions in the runs of --scaling by length",
+    )
     options = parser.parse_args()
     bench = Bench.load(options.artifact, options.data, options.docs)
     if options.frontier:

@@ -54,8 +54,10 @@ def installed_closure(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
         try:
             found[name] = metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            raise ValueError(f"{name}: found no such package; expected it beside {sys.executable}; "
-                             "run pip install -r requirements.txt") from None
+            raise ValueError(
+                f"{name}: found no such package; expected it beside {sys.executable}; "
+                "run pip install -r requirements.txt"
+            ) from None
         for requirement in map(Requirement, found[name].requires or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 waiting.append(requirement.name)
@@ -73,7 +75,11 @@ def is_wanted(relative: Path) -> bool:
 
     ".." marks what pip put outside the import root: command-line scripts, which are a few lines of code.
     """
-    return relative.suffix == ".py" and ".." not in relative.parts and not SKIPPED_FOLDERS & set(relative.parts[:-1])
+    return (
+        relative.suffix == ".py"
+        and ".." not in relative.parts
+        and not SKIPPED_FOLDERS & set(relative.parts[:-1])
+    )
 
 
 def stdlib_files() -> Iterator[tuple[str, Path]]:
@@ -121,7 +127,9 @@ def module_document(source: bytes) -> str:
     SyntaxError or ValueError for what is no Python source. Code and comments are left out: the corpus is English.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old code with "\d" in a plain string is no concern of ours
+        warnings.simplefilter(
+            "ignore"
+        )  # old code with "\d" in a plain string is no concern of ours
         tree = ast.parse(source)
     sections = [ast.get_docstring(tree) or ""]
     sections += [f"{name}\n{text}" for name, text in docstrings(tree)]
@@ -133,7 +141,9 @@ def read_module(file: tuple[str, Path]) -> tuple[str, str | None]:
     name, path = file
     try:
         text = module_document(path.read_bytes())
-        text.encode("utf-8")  # a docstring may spell half a surrogate pair, which no UTF-8 file can hold
+        text.encode(
+            "utf-8"
+        )  # a docstring may spell half a surrogate pair, which no UTF-8 file can hold
     except (OSError, SyntaxError, ValueError):
         return name, None
     return name, text
@@ -151,7 +161,9 @@ def help_topics() -> Iterator[tuple[str, str]]:
 # --- Writing the corpus ----------------------------------------------------------------------------------------------
 
 
-def keep(documents: Iterable[tuple[str, str | None]], dropped: Counter) -> Iterator[tuple[str, str]]:
+def keep(
+    documents: Iterable[tuple[str, str | None]], dropped: Counter
+) -> Iterator[tuple[str, str]]:
     """The documents worth having, each text once; counts the others by reason.
 
     Packages carry copies of each other (setuptools those of packaging, say): a copy in validation of a training
@@ -187,18 +199,25 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def build_corpus(out: Path, topics: Iterable[tuple[str, str]], files: list[tuple[str, Path]]) -> dict:
+def build_corpus(
+    out: Path, topics: Iterable[tuple[str, str]], files: list[tuple[str, Path]]
+) -> dict:
     """Write these topics and the documents of these (module name, file) pairs; returns the facts about them.
 
     Parsing takes nearly all the time, so it is spread over the cores; map() keeps the order of the files whatever
     finishes first.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)  # first of all: a bad path should not cost the whole run
+    out.parent.mkdir(
+        parents=True, exist_ok=True
+    )  # first of all: a bad path should not cost the whole run
     lines, sizes, dropped = [], [], Counter()
     with ProcessPoolExecutor() as pool:
         documents = chain(topics, pool.map(read_module, files, chunksize=32))
         for name, text in keep(documents, dropped):
-            lines.append(json.dumps({"source": name, "text": text}, ensure_ascii=False).encode("utf-8") + b"\n")
+            lines.append(
+                json.dumps({"source": name, "text": text}, ensure_ascii=False).encode("utf-8")
+                + b"\n"
+            )
             sizes.append(len(text.encode("utf-8")))
     write_atomically(out, lines)
     return {
@@ -215,32 +234,45 @@ def make_demo_corpus(out: Path) -> dict:
     """Write the corpus of this installation and, beside it, the manifest that is also returned."""
     packages = installed_closure(ROOTS)
     files = sorted(stdlib_files())
-    for package in packages.values():  # in order of name; packages and folders list their files in any order
+    for (
+        package
+    ) in packages.values():  # in order of name; packages and folders list their files in any order
         files += sorted(package_files(package))
     manifest = {
         "python": platform.python_version(),
         "packages": {name: package.version for name, package in packages.items()},
         **build_corpus(out, help_topics(), files),
     }
-    write_atomically(out.with_suffix(".manifest.json"), [(json.dumps(manifest, indent=2) + "\n").encode("utf-8")])
+    write_atomically(
+        out.with_suffix(".manifest.json"), [(json.dumps(manifest, indent=2) + "\n").encode("utf-8")]
+    )
     return manifest
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status. What a user can get wrong ends in one line on stderr."""
-    parser = argparse.ArgumentParser(description="Write an English corpus from the documentation on this machine.")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write; its manifest goes beside it")
+    parser = argparse.ArgumentParser(
+        description="Write an English corpus from the documentation on this machine."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSONL file to write; its manifest goes beside it"
+    )
     out = parser.parse_args(arguments).out
     try:
         manifest = make_demo_corpus(out)
     except OSError as error:
-        print(f"error: {error.filename or out}: {error.strerror}; expected a usable path; check it", file=sys.stderr)
+        print(
+            f"error: {error.filename or out}: {error.strerror}; expected a usable path; check it",
+            file=sys.stderr,
+        )
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     dropped = ", ".join(f"{count} {reason}" for reason, count in manifest["dropped"].items())
-    print(f"{out}: {manifest['documents']:,} documents, {manifest['text_bytes']:,} bytes (dropped: {dropped})")
+    print(
+        f"{out}: {manifest['documents']:,} documents, {manifest['text_bytes']:,} bytes (dropped: {dropped})"
+    )
     return 0
 
 

@@ -27,14 +27,20 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import RepoFile, get_hf_file_metadata, get_paths_info, hf_hub_url
 from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: whatever can go wrong on the wire
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+)  # HTTPError: whatever can go wrong on the wire
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.sha import git_hash
 from make_shards import shard_token_count
 
-REPO, ROOT = "willdepueoai/parameter-golf", "datasets"  # ROOT/NAME in the repo becomes OUT/NAME here
+REPO, ROOT = (
+    "willdepueoai/parameter-golf",
+    "datasets",
+)  # ROOT/NAME in the repo becomes OUT/NAME here
 MANIFEST = "manifest.json"
 ATTEMPTS = 3  # per file; within an attempt the client itself reconnects up to five times in a row without progress
 
@@ -52,8 +58,12 @@ def files_of_variant(manifest: dict, variant: str, train_shards: int) -> list[st
         raise ValueError(f"--variant {variant} does not exist; available: {available}")
     stats = dataset["stats"]
     if train_shards > stats["files_train"]:
-        raise ValueError(f"--train-shards {train_shards}: {variant} has only {stats['files_train']} train shards")
-    tokenizer = {entry["name"]: entry for entry in manifest["tokenizers"]}[dataset["tokenizer_name"]]
+        raise ValueError(
+            f"--train-shards {train_shards}: {variant} has only {stats['files_train']} train shards"
+        )
+    tokenizer = {entry["name"]: entry for entry in manifest["tokenizers"]}[
+        dataset["tokenizer_name"]
+    ]
     names = [tokenizer["model_path"], tokenizer["vocab_path"]]
     for split, count in (("val", stats["files_val"]), ("train", train_shards)):
         names += [f"datasets/{dataset['name']}/fineweb_{split}_{i:06d}.bin" for i in range(count)]
@@ -66,16 +76,22 @@ def refuse_outside(name: str) -> None:
     """A manifest is someone else's text: it may name data, but neither `../.bashrc` nor a script of ours in OUT."""
     parts = PurePosixPath(name).parts
     if not parts or parts[0] not in ("datasets", "tokenizers") or ".." in parts:
-        raise ValueError(f"{MANIFEST} names {name!r}, which is not beneath datasets/ or tokenizers/; nothing fetched")
+        raise ValueError(
+            f"{MANIFEST} names {name!r}, which is not beneath datasets/ or tokenizers/; nothing fetched"
+        )
 
 
 def look_up(names: list[str], revision: str) -> dict[str, RepoFile]:
     """Size and content hash of each file at that revision, from one request for all of them."""
     paths = [f"{ROOT}/{name}" for name in names]
     found = get_paths_info(REPO, paths, revision=revision, repo_type="dataset")
-    remote = {info.path.removeprefix(f"{ROOT}/"): info for info in found if isinstance(info, RepoFile)}
+    remote = {
+        info.path.removeprefix(f"{ROOT}/"): info for info in found if isinstance(info, RepoFile)
+    }
     if missing := [name for name in names if name not in remote]:
-        raise ValueError(f"{ENDPOINT} has no {ROOT}/{missing[0]} in {REPO} ({len(missing)} of {len(names)} missing)")
+        raise ValueError(
+            f"{ENDPOINT} has no {ROOT}/{missing[0]} in {REPO} ({len(missing)} of {len(names)} missing)"
+        )
     return remote
 
 
@@ -121,9 +137,17 @@ def transfer(partial: Path, remote: RepoFile, revision: str, label: str) -> None
     """
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("ab") as file:
-        if file.tell() < remote.size:  # otherwise nothing is lacking, and verify says whether the bytes are right
+        if (
+            file.tell() < remote.size
+        ):  # otherwise nothing is lacking, and verify says whether the bytes are right
             url = hf_hub_url(REPO, remote.path, revision=revision, repo_type="dataset")
-            http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), displayed_filename=label)
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                headers=build_hf_headers(),
+                displayed_filename=label,
+            )
 
 
 def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
@@ -145,7 +169,9 @@ def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
             return
         except (ValueError, OSError, HTTPError) as error:
             if attempt == ATTEMPTS:
-                raise ValueError(f"{remote.path}: {describe(error)} ({ATTEMPTS} attempts)") from error
+                raise ValueError(
+                    f"{remote.path}: {describe(error)} ({ATTEMPTS} attempts)"
+                ) from error
             if isinstance(error, HTTPError):
                 time.sleep(1)  # a host that stumbled needs a moment; wrong bytes do not
 
@@ -158,9 +184,13 @@ def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
 def fetch_manifest(out: Path) -> str:
     """Bring the current manifest here; return its commit, where all other files come from, so that they fit it."""
     url = hf_hub_url(REPO, f"{ROOT}/{MANIFEST}", repo_type="dataset")
-    revision = get_hf_file_metadata(url).commit_hash  # also the request that finds out, in bounded time, who answers
+    revision = get_hf_file_metadata(
+        url
+    ).commit_hash  # also the request that finds out, in bounded time, who answers
     if revision is None:  # a login page of some network, for example
-        raise ValueError(f"{ENDPOINT} does not answer like a hub; check HF_ENDPOINT and the proxy settings")
+        raise ValueError(
+            f"{ENDPOINT} does not answer like a hub; check HF_ENDPOINT and the proxy settings"
+        )
     remote = look_up([MANIFEST], revision)[MANIFEST]
     if not is_whole(out / MANIFEST, remote):
         fetch(out / MANIFEST, remote, revision, MANIFEST)
@@ -170,7 +200,9 @@ def fetch_manifest(out: Path) -> str:
 def require_space(out: Path, todo: dict[str, RepoFile]) -> None:
     """Refuse now what would otherwise fill the disk an hour from now."""
     partials = [out / f"{name}.part" for name in todo]
-    needed = sum(file.size for file in todo.values()) - sum(path.stat().st_size for path in partials if path.exists())
+    needed = sum(file.size for file in todo.values()) - sum(
+        path.stat().st_size for path in partials if path.exists()
+    )
     free = shutil.disk_usage(out).free
     if needed > free:
         raise ValueError(f"--out {out}: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free")
@@ -186,31 +218,51 @@ def download(variant: str, train_shards: int, out: Path) -> None:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         names = files_of_variant(manifest, variant, train_shards)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{out / MANIFEST} is not a manifest this script can read: {error!r}") from error
+        raise ValueError(
+            f"{out / MANIFEST} is not a manifest this script can read: {error!r}"
+        ) from error
     remote = look_up(names, revision)
     total = sum(file.size for file in remote.values())
-    print(f"{variant}: {len(names)} files, {total / 1e9:.2f} GB; checking what is here already", flush=True)
+    print(
+        f"{variant}: {len(names)} files, {total / 1e9:.2f} GB; checking what is here already",
+        flush=True,
+    )
     todo = {name: remote[name] for name in names if not is_whole(out / name, remote[name])}
     require_space(out, todo)
     for i, (name, file) in enumerate(todo.items(), start=1):
         fetch(out / name, file, revision, label=f"[{i}/{len(todo)}] {PurePosixPath(name).name}")
-    print(f"{out}: complete, {len(todo)} files fetched and verified, {len(names) - len(todo)} were here already")
+    print(
+        f"{out}: complete, {len(todo)} files fetched and verified, {len(names) - len(todo)} were here already"
+    )
 
 
 def describe(error: Exception) -> str:
     """One line a user can act on; the client's own messages run over several and repeat signed URLs."""
     if isinstance(error, HfHubHTTPError):
         status, url = error.response.status_code, str(error.response.url).split("?")[0]
-        return f"HTTP {status} from {url}" + ("; a private repo needs HF_TOKEN" if status in (401, 403) else "")
+        return f"HTTP {status} from {url}" + (
+            "; a private repo needs HF_TOKEN" if status in (401, 403) else ""
+        )
     text = " ".join(str(error).split()) or type(error).__name__
     return f"no transfer from {ENDPOINT}: {text}" if isinstance(error, HTTPError) else text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Download published FineWeb shards and their tokenizer.")
-    parser.add_argument("--variant", default="sp1024", help="which published tokenization (default %(default)s)")
-    parser.add_argument("--train-shards", type=int, default=80, help="first N train shards (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="default: beside this script")
+    parser = argparse.ArgumentParser(
+        description="Download published FineWeb shards and their tokenizer."
+    )
+    parser.add_argument(
+        "--variant", default="sp1024", help="which published tokenization (default %(default)s)"
+    )
+    parser.add_argument(
+        "--train-shards", type=int, default=80, help="first N train shards (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        help="default: beside this script",
+    )
     args = parser.parse_args()
     hub_logging.set_verbosity_error()  # the client warns about every reconnect; our one line says what came of it
     try:

@@ -49,7 +49,9 @@ TOKENIZER_SETTINGS = {
     "minloglevel": 2,  # errors come as exceptions: hundreds of log lines would only hide them
 }
 DEFAULT_VOCAB = 1024
-SAMPLE_BYTES = 32_000_000  # training text shown to the tokenizer; more changes hardly a merge and costs memory
+SAMPLE_BYTES = (
+    32_000_000  # training text shown to the tokenizer; more changes hardly a merge and costs memory
+)
 # What the tokenizer reduces to nothing, besides the control characters and blanks that str.isprintable() knows.
 VANISHING = " \u2581\ufffd"
 
@@ -71,14 +73,18 @@ def shard_token_count(path: str | Path) -> int:
     size = path.stat().st_size
     remedy = "make or download this shard again"
     if size < header_bytes:
-        raise ValueError(f"{path}: found {size} bytes; expected a header of {header_bytes} bytes; {remedy}")
+        raise ValueError(
+            f"{path}: found {size} bytes; expected a header of {header_bytes} bytes; {remedy}"
+        )
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     if (magic, version) != (MAGIC, VERSION):
         found = f"found magic {magic} and version {version}; expected {MAGIC} and {VERSION}"
         raise ValueError(f"{path}: {found}; {remedy}")
     if count < 1 or size != header_bytes + 2 * count:
         found = f"found {size} bytes and {count} tokens in the header"
-        raise ValueError(f"{path}: {found}; expected {header_bytes} + 2 bytes a token, at least one; {remedy}")
+        raise ValueError(
+            f"{path}: {found}; expected {header_bytes} + 2 bytes a token, at least one; {remedy}"
+        )
     return count
 
 
@@ -174,7 +180,9 @@ def document_text(line: bytes) -> str:
     if not isinstance(record["text"], str):
         raise ValueError(f'found a "text" of type {type(record["text"]).__name__}; {EXPECTED_LINE}')
     try:
-        record["text"].encode("utf-8")  # "\\ud800" is valid JSON but no character; SentencePiece would fail on it
+        record["text"].encode(
+            "utf-8"
+        )  # "\\ud800" is valid JSON but no character; SentencePiece would fail on it
     except UnicodeEncodeError as error:
         half = record["text"][error.start]
         raise ValueError(f"found {half!r}, one half of a surrogate pair; {EXPECTED_LINE}") from None
@@ -202,7 +210,9 @@ def index_documents(path: Path) -> Source:
             except ValueError as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
             offset += len(line)
-            if len(offsets) == 65536:  # a list of integers takes 5 times the memory of an array: pack it now and then
+            if (
+                len(offsets) == 65536
+            ):  # a list of integers takes 5 times the memory of an array: pack it now and then
                 chunks.append(np.array(offsets, dtype=np.int64))
                 offsets = []
     chunks.append(np.array(offsets, dtype=np.int64))
@@ -216,7 +226,9 @@ def split_rows(source: Source, val_docs: int, seed: int) -> dict[str, np.ndarray
     """
     documents = len(source.offsets)
     if documents == 0:
-        raise ValueError(f'{source.path}: found no documents; expected lines of {{"text": "..."}}; give another file')
+        raise ValueError(
+            f'{source.path}: found no documents; expected lines of {{"text": "..."}}; give another file'
+        )
     if not 1 <= val_docs < documents:
         raise ValueError(
             f"--val-docs {val_docs}: found {documents} documents in {source.path}; expected at least 1, and fewer than "
@@ -268,13 +280,19 @@ def train_tokenizer(source: Source, rows: np.ndarray, vocab_size: int) -> bytes:
         spm.SentencePieceTrainer.train(
             sentence_iterator=training_sample(source, rows),
             model_writer=model,
-            vocab_size=max(vocab_size, 4),  # with less it fails before it has counted how many pieces it needs
+            vocab_size=max(
+                vocab_size, 4
+            ),  # with less it fails before it has counted how many pieces it needs
             **TOKENIZER_SETTINGS,
         )
     except RuntimeError as error:
         # "100 vs 346." when the bytes and characters alone need 346, "<= 900." when the text has no more merges.
         bound = re.search(r"(vs|<=) (\d+)\.", str(error))
-        limit = f"at {'least' if bound[1] == 'vs' else 'most'} {bound[2]}" if bound else f"usable text ({error})"
+        limit = (
+            f"at {'least' if bound[1] == 'vs' else 'most'} {bound[2]}"
+            if bound
+            else f"usable text ({error})"
+        )
         raise ValueError(
             f"--vocab-size {vocab_size}: found that SentencePiece cannot make it from {source.path}; "
             f"expected {limit}; choose another size"
@@ -289,14 +307,20 @@ def load_tokenizer(proto: bytes, name: str, vocab_size: int | None) -> spm.Sente
             raise RuntimeError
         tokenizer = spm.SentencePieceProcessor(model_proto=proto)
     except RuntimeError:
-        raise ValueError(f"{name}: found no SentencePiece model; expected a .model file; give another file") from None
+        raise ValueError(
+            f"{name}: found no SentencePiece model; expected a .model file; give another file"
+        ) from None
     found = f"{name}: found {tokenizer.get_piece_size()} pieces"
     if vocab_size not in (None, tokenizer.get_piece_size()):
         raise ValueError(f"{found}; expected --vocab-size {vocab_size}; change it or leave it out")
     if tokenizer.get_piece_size() > MAX_VOCAB:
-        raise ValueError(f"{found}; expected at most {MAX_VOCAB}, as shards hold 16-bit ids; use a smaller vocabulary")
+        raise ValueError(
+            f"{found}; expected at most {MAX_VOCAB}, as shards hold 16-bit ids; use a smaller vocabulary"
+        )
     if tokenizer.bos_id() < 0:
-        raise ValueError(f"{found} but no BOS; expected BOS, which starts every document; use another tokenizer")
+        raise ValueError(
+            f"{found} but no BOS; expected BOS, which starts every document; use another tokenizer"
+        )
     return tokenizer
 
 
@@ -342,16 +366,22 @@ def encode_parts(tokenizer: spm.SentencePieceProcessor, parts: list[Part]) -> li
     drops a blank at the edge of a text, and the document would lose a space where we happened to cut it.
     """
     guard, bos = "x", np.array([tokenizer.bos_id()], dtype=np.int32)
-    guards = [guard if not part.starts_document and part.text[0] in BLANKS else "" for part in parts]
+    guards = [
+        guard if not part.starts_document and part.text[0] in BLANKS else "" for part in parts
+    ]
     skip = len(tokenizer.encode(guard))
-    encoded = tokenizer.encode([g + part.text for g, part in zip(guards, parts, strict=True)], return_type="numpy")
+    encoded = tokenizer.encode(
+        [g + part.text for g, part in zip(guards, parts, strict=True)], return_type="numpy"
+    )
     return [
         np.concatenate([bos, ids]) if part.starts_document else ids[skip if g else 0 :]
         for g, part, ids in zip(guards, parts, encoded, strict=True)
     ]
 
 
-def write_split(tokenizer: spm.SentencePieceProcessor, texts: Iterable[str], writer: ShardWriter) -> dict:
+def write_split(
+    tokenizer: spm.SentencePieceProcessor, texts: Iterable[str], writer: ShardWriter
+) -> dict:
     """Write every text as BOS + pieces; returns what was written, for the manifest.
 
     text_bytes counts the JSONL's text, decoded_bytes what the tokens spell: nmt_nfkc folds runs of white space, so the
@@ -373,14 +403,21 @@ def write_split(tokenizer: spm.SentencePieceProcessor, texts: Iterable[str], wri
 def file_facts(path: Path) -> dict:
     """Size and SHA-256 of a finished file, and the tokens of a shard (which checks what was written)."""
     with open(path, "rb") as file:
-        facts = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        facts = {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
     return facts | ({"tokens": shard_token_count(path)} if SHARD_NAME.fullmatch(path.name) else {})
 
 
 def refuse_endless(path: Path) -> None:
     """ValueError for a pipe or a device: it might never end, and the documents are read twice, in any order."""
-    if path.exists() and not (path.is_file() or path.is_dir()):  # what is absent or a folder fails when it is opened
-        raise ValueError(f"{path}: found a pipe or a device; expected a file; write it to one first")
+    if path.exists() and not (
+        path.is_file() or path.is_dir()
+    ):  # what is absent or a folder fails when it is opened
+        raise ValueError(
+            f"{path}: found a pipe or a device; expected a file; write it to one first"
+        )
 
 
 def earlier_shards(out: Path) -> set[str]:
@@ -409,7 +446,9 @@ def write_file(path: Path, content: bytes) -> None:
         sync_and_close(file)
 
 
-def make_shards(jsonl: Path, out: Path, val_docs: int, seed: int, vocab_size: int | None, model: Path | None) -> dict:
+def make_shards(
+    jsonl: Path, out: Path, val_docs: int, seed: int, vocab_size: int | None, model: Path | None
+) -> dict:
     """Put a set for these documents into out and return its manifest. model None trains a tokenizer.
 
     Everything that a user can get wrong is checked before the first byte is written.
@@ -417,23 +456,30 @@ def make_shards(jsonl: Path, out: Path, val_docs: int, seed: int, vocab_size: in
     for path in filter(None, (jsonl, model)):
         refuse_endless(path)
     if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed {seed}: found no seed of numpy; expected a number from 0 to {2**32 - 1}")
+        raise ValueError(
+            f"--seed {seed}: found no seed of numpy; expected a number from 0 to {2**32 - 1}"
+        )
     if vocab_size and vocab_size > MAX_VOCAB:
-        raise ValueError(f"--vocab-size {vocab_size}: found more ids than 16 bits hold; expected at most {MAX_VOCAB}")
+        raise ValueError(
+            f"--vocab-size {vocab_size}: found more ids than 16 bits hold; expected at most {MAX_VOCAB}"
+        )
     earlier = earlier_shards(out)
     proto = model.read_bytes() if model else None
     if model:  # refuse a wrong tokenizer now, not after an hour of indexing
         load_tokenizer(proto, str(model), vocab_size)
     source = index_documents(jsonl)
     rows = split_rows(source, val_docs, seed)
-    proto = proto or train_tokenizer(source, rows["train"], DEFAULT_VOCAB if vocab_size is None else vocab_size)
+    proto = proto or train_tokenizer(
+        source, rows["train"], DEFAULT_VOCAB if vocab_size is None else vocab_size
+    )
     tokenizer = load_tokenizer(proto, "new tokenizer", vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=out) as folder:
         build = Path(folder)
         write_file(build / "tokenizer.model", proto)
         splits = {
-            split: write_split(tokenizer, source.texts(rows[split]), ShardWriter(build, split)) for split in rows
+            split: write_split(tokenizer, source.texts(rows[split]), ShardWriter(build, split))
+            for split in rows
         }
         manifest = {
             "source": source.facts(),
@@ -468,13 +514,27 @@ def publish(build: Path, out: Path, files: list[str], earlier: set[str]) -> None
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The options. --vocab-size stays None unless given: only then can it contradict a given tokenizer."""
-    parser = argparse.ArgumentParser(description="Make token shards and a tokenizer from a JSONL file of documents.")
-    parser.add_argument("--jsonl", type=Path, required=True, help='file with one {"text": "..."} a line')
-    parser.add_argument("--out", type=Path, required=True, help="folder for the set; an earlier set is replaced")
-    parser.add_argument("--vocab-size", type=int, help=f"pieces of the tokenizer (default {DEFAULT_VOCAB})")
-    parser.add_argument("--val-docs", type=int, default=128, help="documents kept for validation (default 128)")
-    parser.add_argument("--seed", type=int, default=1337, help="order of the documents (default 1337)")
-    parser.add_argument("--tokenizer", type=Path, help="use this SentencePiece model instead of training one")
+    parser = argparse.ArgumentParser(
+        description="Make token shards and a tokenizer from a JSONL file of documents."
+    )
+    parser.add_argument(
+        "--jsonl", type=Path, required=True, help='file with one {"text": "..."} a line'
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the set; an earlier set is replaced"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, help=f"pieces of the tokenizer (default {DEFAULT_VOCAB})"
+    )
+    parser.add_argument(
+        "--val-docs", type=int, default=128, help="documents kept for validation (default 128)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1337, help="order of the documents (default 1337)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="use this SentencePiece model instead of training one"
+    )
     return parser.parse_args(arguments)
 
 
@@ -483,11 +543,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         manifest = make_shards(
-            options.jsonl, options.out, options.val_docs, options.seed, options.vocab_size, options.tokenizer
+            options.jsonl,
+            options.out,
+            options.val_docs,
+            options.seed,
+            options.vocab_size,
+            options.tokenizer,
         )
     except OSError as error:
         place = error.filename or options.out  # a full disk is reported without a name
-        print(f"error: {place}: {error.strerror}; expected a usable path; check it", file=sys.stderr)
+        print(
+            f"error: {place}: {error.strerror}; expected a usable path; check it", file=sys.stderr
+        )
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

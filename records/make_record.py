@@ -27,7 +27,12 @@ RECORDS = Path(__file__).resolve().parent
 # Between the runs of a record: the seed, and names of files. What is read is known by its hashes.
 MAY_DIFFER = {"SEED", "RUN_ID", "OUT_DIR", "SCORES_PATH", "DATA_PATH", "TOKENIZER_PATH"}
 BUDGET = 16_000_000  # bytes of artifact and code
-PUBLISHED = {"flat": 1.2278, "doc": 1.2168, "stride": 1.1941, "ttt": 1.1910}  # bits per byte, 8xH100, FineWeb
+PUBLISHED = {
+    "flat": 1.2278,
+    "doc": 1.2168,
+    "stride": 1.1941,
+    "ttt": 1.1910,
+}  # bits per byte, 8xH100, FineWeb
 PICTURES = {  # with what a reader who cannot see them is told
     "ladder.png": "What each condition gains",
     "position.png": "Bits per byte by position in the document, first seed",
@@ -51,16 +56,28 @@ TRACKS = {
 def check_run(log: RunLog) -> None:
     """Refuse a run that is sound but no evidence: not scored in full, not trained from scratch, or over the budget."""
     if log.partial:
-        raise ValueError(f"{log.path}: found a partial run; expected one that scored every document")
+        raise ValueError(
+            f"{log.path}: found a partial run; expected one that scored every document"
+        )
     if log.sizes is None or log.config["MODEL_PATH"]:
-        found = f"MODEL_PATH={log.config['MODEL_PATH']}" if log.config["MODEL_PATH"] else "nothing trained"
-        raise ValueError(f"{log.path}: found {found}; expected a training from scratch, which the log shows in full")
+        found = (
+            f"MODEL_PATH={log.config['MODEL_PATH']}"
+            if log.config["MODEL_PATH"]
+            else "nothing trained"
+        )
+        raise ValueError(
+            f"{log.path}: found {found}; expected a training from scratch, which the log shows in full"
+        )
     if log.sizes.budget != BUDGET or log.sizes.total > BUDGET:
         found = f"{log.sizes.total} bytes of a budget of {log.sizes.budget}"
-        raise ValueError(f"{log.path}: found {found}; expected at most {BUDGET} of {BUDGET}, artifact and code")
+        raise ValueError(
+            f"{log.path}: found {found}; expected at most {BUDGET} of {BUDGET}, artifact and code"
+        )
     if log.score.condition not in log.causal:
         scored = f"condition:{log.score.condition}, the last of EVAL"
-        raise ValueError(f"{log.path}: found no line 'audit causality:' for {scored}; expected one, which ends in PASS")
+        raise ValueError(
+            f"{log.path}: found no line 'audit causality:' for {scored}; expected one, which ends in PASS"
+        )
 
 
 def setting(log: RunLog) -> dict[str, object]:
@@ -74,7 +91,10 @@ def setting(log: RunLog) -> dict[str, object]:
         "world_size": log.world_size,
         "dtype": log.dtype,
         "track": track_of(log),
-        **{f"(tokens, bytes) of condition:{rung.condition}": (rung.tokens, rung.bytes) for rung in log.ladder},
+        **{
+            f"(tokens, bytes) of condition:{rung.condition}": (rung.tokens, rung.bytes)
+            for rung in log.ladder
+        },
     } | {name: value for name, value in log.config.items() if name not in MAY_DIFFER}
 
 
@@ -91,16 +111,30 @@ def check_together(logs: Sequence[RunLog]) -> None:
     seeds = [log.seed for log in logs]
     for seed in seeds:
         if seeds.count(seed) > 1:
-            raise ValueError(f"--logs: found SEED={seed} in {seeds.count(seed)} logs; expected a seed for each run")
+            raise ValueError(
+                f"--logs: found SEED={seed} in {seeds.count(seed)} logs; expected a seed for each run"
+            )
 
 
 def track_of(log: RunLog) -> str:
     """The track that a run belongs to."""
-    if (log.preset, log.device, Path(log.config["DATA_PATH"]).parts[-2:]) == ("cpu", "cpu", ("data", "demo")):
+    if (log.preset, log.device, Path(log.config["DATA_PATH"]).parts[-2:]) == (
+        "cpu",
+        "cpu",
+        ("data", "demo"),
+    ):
         return "track_cpu"
     capped = 0 < float(log.config["MAX_WALLCLOCK_SECONDS"]) <= 600  # 0 is no cap
-    machine = log.device.startswith("cuda") and log.world_size == 8 and re.match(r"8 x .*\bH100\b", log.hardware)
-    return "track_10min_16mb" if log.preset == "baseline" and machine and capped else "track_non_record_16mb"
+    machine = (
+        log.device.startswith("cuda")
+        and log.world_size == 8
+        and re.match(r"8 x .*\bH100\b", log.hardware)
+    )
+    return (
+        "track_10min_16mb"
+        if log.preset == "baseline" and machine and capped
+        else "track_non_record_16mb"
+    )
 
 
 def date_of(logs: Sequence[RunLog]) -> str:
@@ -119,7 +153,9 @@ def statistics_of(logs: Sequence[RunLog], threshold: float) -> Summary:
 def render_submission(name: str, threshold: float, logs: Sequence[RunLog]) -> str:
     """submission.json. Its floats have as many digits as the logs, so that every machine writes the same ones."""
     largest = max((log.sizes for log in logs), key=lambda sizes: sizes.total)
-    summary = {key: float(f"{value:.6g}") for key, value in asdict(statistics_of(logs, threshold)).items()}
+    summary = {
+        key: float(f"{value:.6g}") for key, value in asdict(statistics_of(logs, threshold)).items()
+    }
     content = {
         "name": name,
         "date": date_of(logs),
@@ -143,7 +179,11 @@ def render_submission(name: str, threshold: float, logs: Sequence[RunLog]) -> st
         "bytes_total": largest.total,
         "bytes_code": largest.code,
         "bytes_model": largest.model,
-        "sha256": {"script": logs[0].script_hash, "tokenizer": logs[0].tokenizer_hash, "val": logs[0].val_hashes},
+        "sha256": {
+            "script": logs[0].script_hash,
+            "tokenizer": logs[0].tokenizer_hash,
+            "val": logs[0].val_hashes,
+        },
     }
     return json.dumps(content, indent=2) + "\n"
 
@@ -161,18 +201,32 @@ def ladder_table(logs: Sequence[RunLog]) -> str:
     for rungs in zip(*(log.ladder for log in logs), strict=True):
         condition, scores = rungs[0].condition, [float(rung.val_bpb) for rung in rungs]
         published = PUBLISHED.get(condition)
-        rows.append([
-            f"{condition} ({LABELS[condition]})" if condition in LABELS else condition,
-            f"{fmean(rung.val_loss for rung in rungs):.4f}",
-            f"**{fmean(scores):.4f}**",
-            f"{fmean(scores) - first:+.4f}",
-            f"{pstdev(scores):.4f}",
-            *(f"{score:.4f}" for score in scores),
-            f"{published:.4f}" if published else "",
-            f"{published - PUBLISHED[start]:+.4f}" if published and start in PUBLISHED else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{condition} ({LABELS[condition]})" if condition in LABELS else condition,
+                f"{fmean(rung.val_loss for rung in rungs):.4f}",
+                f"**{fmean(scores):.4f}**",
+                f"{fmean(scores) - first:+.4f}",
+                f"{pstdev(scores):.4f}",
+                *(f"{score:.4f}" for score in scores),
+                f"{published:.4f}" if published else "",
+                f"{published - PUBLISHED[start]:+.4f}" if published and start in PUBLISHED else "",
+            ]
+        )
     seeds = [f"seed {log.seed}" for log in logs]
-    return table(["condition", "val_loss", "val_bpb", "delta", "std", *seeds, "published", "published delta"], rows)
+    return table(
+        [
+            "condition",
+            "val_loss",
+            "val_bpb",
+            "delta",
+            "std",
+            *seeds,
+            "published",
+            "published delta",
+        ],
+        rows,
+    )
 
 
 def runs_table(logs: Sequence[RunLog]) -> str:
@@ -183,7 +237,18 @@ def runs_table(logs: Sequence[RunLog]) -> str:
         trained = [f"{last.step:,}", f"{last.milliseconds / 1000:.1f}"]
         weight = [f"{log.sizes.model:,}", f"{log.sizes.total:,}", f"`{log.artifact_hash}`"]
         rows.append([f"[{log.seed}]({log_name(log)})", log.started, *trained, *weight])
-    return table(["seed", "started", "steps", "training s", "artifact bytes", "with code", "artifact sha256"], rows)
+    return table(
+        [
+            "seed",
+            "started",
+            "steps",
+            "training s",
+            "artifact bytes",
+            "with code",
+            "artifact sha256",
+        ],
+        rows,
+    )
 
 
 def environment_table(log: RunLog) -> str:
@@ -202,7 +267,9 @@ def environment_table(log: RunLog) -> str:
     return table(["what", "value"], rows)
 
 
-def render_readme(name: str, threshold: float, logs: Sequence[RunLog], pictures: Sequence[str]) -> str:
+def render_readme(
+    name: str, threshold: float, logs: Sequence[RunLog], pictures: Sequence[str]
+) -> str:
     """README.md, which shows the `pictures` that the folder has."""
     statistics = statistics_of(logs, threshold)
     largest = max((log.sizes for log in logs), key=lambda sizes: sizes.total)
@@ -238,7 +305,9 @@ def log_name(log: RunLog) -> str:
     return f"seed{log.seed}.txt"
 
 
-def render(name: str, threshold: float, logs: Sequence[RunLog], pictures: Sequence[str]) -> dict[str, bytes]:
+def render(
+    name: str, threshold: float, logs: Sequence[RunLog], pictures: Sequence[str]
+) -> dict[str, bytes]:
     """Every file of a record but the pictures, by name."""
     return {
         "README.md": render_readme(name, threshold, logs, pictures).encode(),
@@ -265,11 +334,15 @@ def make_record(name: str, threshold: float, paths: Sequence[Path], records: Pat
     Positions are drawn where the scores file that the first seed's log names is still there and still the same.
     """
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise ValueError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', since it names a folder")
+        raise ValueError(
+            f"--name {name!r}: expected letters, digits, '.', '_' and '-', since it names a folder"
+        )
     logs = read_runs(paths)
     target = records / track_of(logs[0]) / f"{date_of(logs)}_{name}"
     if target.exists():
-        raise ValueError(f"{target}: found an earlier record; expected a new folder; choose another --name")
+        raise ValueError(
+            f"{target}: found an earlier record; expected a new folder; choose another --name"
+        )
     rows = None
     if logs[0].scores:
         path, printed = logs[0].scores
@@ -295,20 +368,30 @@ def verify(folder: Path) -> None:
     pictures = [picture for picture in PICTURES if (folder / picture).exists()]
     expected = render(name, threshold, logs, pictures)
     if (folder.parent.name, folder.name) != (track_of(logs[0]), f"{date_of(logs)}_{name}"):
-        raise ValueError(f"{folder}: expected {track_of(logs[0])}/{date_of(logs)}_{name}, as the logs say")
+        raise ValueError(
+            f"{folder}: expected {track_of(logs[0])}/{date_of(logs)}_{name}, as the logs say"
+        )
     found = {path.name for path in folder.iterdir()}
     if found != {*expected, *pictures}:
-        raise ValueError(f"{folder}: found the files {sorted(found)}; expected {sorted({*expected, *pictures})}")
+        raise ValueError(
+            f"{folder}: found the files {sorted(found)}; expected {sorted({*expected, *pictures})}"
+        )
     for file, content in expected.items():
         if (folder / file).read_bytes() != content:
-            raise ValueError(f"{folder / file}: found a text that does not follow from the logs; make the record again")
+            raise ValueError(
+                f"{folder / file}: found a text that does not follow from the logs; make the record again"
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description="Make a record from the logs of several seeds.")
-    parser.add_argument("--name", required=True, help="of the record: letters, digits, '.', '_' and '-'")
-    parser.add_argument("--threshold", type=float, required=True, help="the score to beat, bits per byte")
+    parser.add_argument(
+        "--name", required=True, help="of the record: letters, digits, '.', '_' and '-'"
+    )
+    parser.add_argument(
+        "--threshold", type=float, required=True, help="the score to beat, bits per byte"
+    )
     parser.add_argument("--logs", type=Path, nargs="+", required=True, help="one log for each seed")
     options = parser.parse_args(arguments)
 

@@ -21,15 +21,34 @@ from matplotlib.figure import Figure
 from run_log import LABELS, RunLog, half_digit, read_log, run_command
 
 COLUMNS = [
-    ("condition", "U32"), ("doc", "i8"), ("chunk", "i8"), ("start", "i8"),
-    ("tokens", "i8"), ("bytes", "i8"), ("loss_nats", "f8"),
-]  # fmt: skip
+    ("condition", "U32"),
+    ("doc", "i8"),
+    ("chunk", "i8"),
+    ("start", "i8"),
+    ("tokens", "i8"),
+    ("bytes", "i8"),
+    ("loss_nats", "f8"),
+]
 INK, QUIET, FAINT = "#22262b", "#6b7280", "#e3e6ea"
-COLOURS = ("#9aa3ad", "#6aa9d8", "#2b6cab", "#d9622b", "#4b9b6e", "#8a63b0")  # by place in the ladder, again from there
+COLOURS = (
+    "#9aa3ad",
+    "#6aa9d8",
+    "#2b6cab",
+    "#d9622b",
+    "#4b9b6e",
+    "#8a63b0",
+)  # by place in the ladder, again from there
 STYLE = {
-    "axes.edgecolor": QUIET, "axes.labelcolor": QUIET, "axes.spines.right": False, "axes.spines.top": False,
-    "font.size": 10, "savefig.dpi": 160, "text.color": INK, "xtick.color": QUIET, "ytick.color": QUIET,
-}  # fmt: skip
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": QUIET,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "savefig.dpi": 160,
+    "text.color": INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+}
 LEAST_SHARE = 0.08  # of a condition's bytes in each point of position.png: a few long documents shall make no zigzag
 
 
@@ -46,13 +65,18 @@ def read_scores(path: Path, log: RunLog) -> np.ndarray:
             rows = np.loadtxt(file, dtype=COLUMNS, delimiter=",", ndmin=1)
     except ValueError as error:
         raise ValueError(f"{path}: found {error}") from None
-    found, expected = list(dict.fromkeys(rows["condition"].tolist())), [rung.condition for rung in log.ladder]
+    found, expected = (
+        list(dict.fromkeys(rows["condition"].tolist())),
+        [rung.condition for rung in log.ladder],
+    )
     if found != expected:
         raise ValueError(f"{path}: found conditions {found}; expected {expected}, as in {log.path}")
     for rung in log.ladder:
         mine = rows[rows["condition"] == rung.condition]
         tokens, count, nats = (mine[name].sum() for name in ("tokens", "bytes", "loss_nats"))
-        same_loss = abs(nats / tokens - float(rung.val_loss)) <= float(half_digit(rung.val_loss)) + 1e-12
+        same_loss = (
+            abs(nats / tokens - float(rung.val_loss)) <= float(half_digit(rung.val_loss)) + 1e-12
+        )
         if (tokens, count) != (rung.tokens, rung.bytes) or not same_loss:
             raise ValueError(
                 f"{path}: found condition:{rung.condition} tokens:{tokens} bytes:{count} val_loss:{nats / tokens:.6f}; "
@@ -74,7 +98,9 @@ def position_edges(rows: np.ndarray) -> np.ndarray:
             edges.append(start)
             held = 0.0
         held += count
-    return np.array(edges if held >= least else edges[:-1])  # too little text at the end belongs to the bin before
+    return np.array(
+        edges if held >= least else edges[:-1]
+    )  # too little text at the end belongs to the bin before
 
 
 def bits_by_position(rows: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -92,7 +118,9 @@ def bits_by_position(rows: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, n
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def new_figure(title: str, note: str, logs: Sequence[RunLog], box: tuple[float, float, float]) -> tuple[Figure, Axes]:
+def new_figure(
+    title: str, note: str, logs: Sequence[RunLog], box: tuple[float, float, float]
+) -> tuple[Figure, Axes]:
     """A figure 8 inches wide with a headline and a quiet line below it that says what is drawn.
 
     box is (space left of the axes, space right of them, their height) in inches.
@@ -120,17 +148,35 @@ def ladder_figure(logs: Sequence[RunLog]) -> Figure:
     conditions = [rung.condition for rung in logs[0].ladder]
     scores = np.array([[float(rung.val_bpb) for rung in log.ladder] for log in logs])
     means, spread, first = scores.mean(0), scores.std(0), scores[:, 0].mean()
-    shown = seeds_note(logs) if len(logs) == 1 else f"mean and standard deviation of {seeds_note(logs)} (circles)"
+    shown = (
+        seeds_note(logs)
+        if len(logs) == 1
+        else f"mean and standard deviation of {seeds_note(logs)} (circles)"
+    )
     note = f"lower is better; bars start at the score of {conditions[0]}; {shown}"
-    figure, axes = new_figure("What each condition gains", note, logs, (2.25, 1.75, 0.62 * len(conditions)))
+    figure, axes = new_figure(
+        "What each condition gains", note, logs, (2.25, 1.75, 0.62 * len(conditions))
+    )
     axes.axvline(first, color=QUIET, linewidth=1, zorder=0)
     for row, (condition, mean) in enumerate(zip(conditions, means, strict=True)):
         axes.barh(row, mean - first, left=first, height=0.5, color=COLOURS[row % len(COLOURS)])
-        axes.plot(scores[:, row], [row] * len(logs), "o", color="white", markeredgecolor=INK, markersize=5)
-        side = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center_baseline"}
-        axes.annotate(condition, (0, row), (-144, 6 if condition in LABELS else 0), weight="bold", **side)
-        axes.annotate(LABELS.get(condition, ""), (0, row), (-144, -8), color=QUIET, size=8.5, **side)
-        axes.annotate(f"{mean:.4f}", (1, row), (14, 0 if len(logs) == 1 else 6), weight="bold", **side)
+        axes.plot(
+            scores[:, row], [row] * len(logs), "o", color="white", markeredgecolor=INK, markersize=5
+        )
+        side = {
+            "xycoords": axes.get_yaxis_transform(),
+            "textcoords": "offset points",
+            "va": "center_baseline",
+        }
+        axes.annotate(
+            condition, (0, row), (-144, 6 if condition in LABELS else 0), weight="bold", **side
+        )
+        axes.annotate(
+            LABELS.get(condition, ""), (0, row), (-144, -8), color=QUIET, size=8.5, **side
+        )
+        axes.annotate(
+            f"{mean:.4f}", (1, row), (14, 0 if len(logs) == 1 else 6), weight="bold", **side
+        )
         if len(logs) > 1:
             axes.annotate(f"±{spread[row]:.4f}", (1, row), (14, -8), color=QUIET, size=8.5, **side)
         if row:
@@ -138,7 +184,9 @@ def ladder_figure(logs: Sequence[RunLog]) -> Figure:
     axes.set_ylim(len(conditions) - 0.5, -0.5)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.use_sticky_edges = False  # bars would pull the axis in to where they start, through the middle of a circle
+    axes.use_sticky_edges = (
+        False  # bars would pull the axis in to where they start, through the middle of a circle
+    )
     axes.margins(x=0.06)
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("bits per byte (the axis does not start at 0)")
@@ -149,7 +197,9 @@ def position_figure(rows: np.ndarray, log: RunLog) -> Figure:
     """Bits per byte against the position in the document, one line for each condition."""
     rows = rows[rows["doc"] >= 0]  # text before the first document has no position in one
     note = f"{seeds_note([log])}; documents pooled, each point about {LEAST_SHARE:.0%} of the text or more"
-    figure, axes = new_figure("Bits per byte by position in the document", note, [log], (0.9, 1, 3.3))
+    figure, axes = new_figure(
+        "Bits per byte by position in the document", note, [log], (0.9, 1, 3.3)
+    )
     ends, edges = [], position_edges(rows)
     for index, rung in enumerate(log.ladder):
         colour, mine = COLOURS[index % len(COLOURS)], rows[rows["condition"] == rung.condition]
@@ -171,8 +221,15 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     gap, above = 0.055 * (high - low), -math.inf
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
         above = max(y, above + gap)
-        axes.annotate(name, (x, above), (9, 0), textcoords="offset points", color=colour, weight="bold",
-                      va="center_baseline")  # fmt: skip
+        axes.annotate(
+            name,
+            (x, above),
+            (9, 0),
+            textcoords="offset points",
+            color=colour,
+            weight="bold",
+            va="center_baseline",
+        )
 
 
 def training_figure(logs: Sequence[RunLog]) -> Figure:
@@ -181,11 +238,21 @@ def training_figure(logs: Sequence[RunLog]) -> Figure:
     note = f"nats per token; dots are single steps, lines their running means; {seeds_note(logs)}"
     figure, axes = new_figure("Training loss", note, logs, (0.75, 1.15, 3.3))
     for log in logs:
-        steps, losses = np.array([(point.step, point.loss) for point in log.training]).reshape(-1, 2).T
+        steps, losses = (
+            np.array([(point.step, point.loss) for point in log.training]).reshape(-1, 2).T
+        )
         axes.plot(steps, losses, "o", color=trend, alpha=0.25, markersize=3.5, markeredgewidth=0)
-        axes.plot(steps, running_mean(steps, losses, log.validation[-1].step), color=trend, linewidth=1.5)
+        axes.plot(
+            steps, running_mean(steps, losses, log.validation[-1].step), color=trend, linewidth=1.5
+        )
         validated = [(point.step, point.loss) for point in log.validation]
-        axes.plot(*zip(*validated, strict=True), "o", color="white", markeredgecolor=check, markeredgewidth=1.8)
+        axes.plot(
+            *zip(*validated, strict=True),
+            "o",
+            color="white",
+            markeredgecolor=check,
+            markeredgewidth=1.8,
+        )
     last = [log.validation[-1] for log in logs]
     end, loss = max(point.step for point in last), np.mean([point.loss for point in last])
     pace = np.mean([point.milliseconds / max(point.step, 1) for point in last]) / 1000

@@ -44,10 +44,18 @@ SCORE = rf"val_loss:{NUMBER} val_bpb:{NUMBER}"
 STEP = r"step:(\d+)/\d+ "
 # Settings that the tools look at, and how the program spells them.
 FORMS = {
-    "PRESET": "baseline|cpu", "DEVICE": "cpu|cuda", "DTYPE": r"\w+", "EVAL_ONLY": "[01]", "MODEL_PATH": ".*",
-    "DATA_PATH": ".+", "SEED": r"\d+", "EVAL": r"\w+(,\w+)*", "ITERATIONS": r"\d+", "MAX_VAL_DOCS": r"\d+",
+    "PRESET": "baseline|cpu",
+    "DEVICE": "cpu|cuda",
+    "DTYPE": r"\w+",
+    "EVAL_ONLY": "[01]",
+    "MODEL_PATH": ".*",
+    "DATA_PATH": ".+",
+    "SEED": r"\d+",
+    "EVAL": r"\w+(,\w+)*",
+    "ITERATIONS": r"\d+",
+    "MAX_VAL_DOCS": r"\d+",
     "MAX_WALLCLOCK_SECONDS": r"\d+(\.\d+)?(e[+-]\d+)?",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,9 @@ class RunLog:
     artifact_hash: str
     causal: tuple[str, ...]  # conditions whose audit of causality passed
     training: tuple[Point, ...]
-    validation: tuple[Point, ...]  # the last one after the last step; empty where nothing was trained
+    validation: tuple[
+        Point, ...
+    ]  # the last one after the last step; empty where nothing was trained
     sizes: Sizes | None  # None where nothing was trained
     ladder: tuple[Rung, ...]  # in the order of EVAL; the last is the score of the run
     scores: tuple[str, str] | None  # path and hash of the scores file
@@ -162,7 +172,10 @@ def run_command(work: Callable[[], None], place: object = "") -> int:
     try:
         work()
     except OSError as error:
-        print(f"error: {error.filename or place}: {error.strerror}; expected a usable path", file=sys.stderr)
+        print(
+            f"error: {error.filename or place}: {error.strerror}; expected a usable path",
+            file=sys.stderr,
+        )
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -176,7 +189,9 @@ def read_log(path: Path) -> RunLog:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: found bytes that are not UTF-8; expected a log of train_gpt.py") from None
+        raise ValueError(
+            f"{path}: found bytes that are not UTF-8; expected a log of train_gpt.py"
+        ) from None
     parts = text.split(f"\n{RULE}\n")
     if len(parts) != 3:
         raise ValueError(
@@ -226,7 +241,9 @@ def read_config(lines: Lines) -> dict[str, str]:
     config = settings(lines, lines.one("config: ")[1])
     for name, form in FORMS.items():
         if name not in config or not re.fullmatch(form, config[name]):
-            lines.refuse(f"{name}={config.get(name)} in the line 'config:'", f"a value of the form {form}")
+            lines.refuse(
+                f"{name}={config.get(name)} in the line 'config:'", f"a value of the form {form}"
+            )
     return config
 
 
@@ -270,15 +287,23 @@ def read_shards(lines: Lines) -> dict[str, str]:
     matches = lines.all("sha256 val:", rf"{HASH} (.+)")
     hashes = {match[2]: match[1] for match in matches}
     if not matches or len(hashes) != len(matches):
-        lines.refuse(f"{len(matches)} lines 'sha256 val:' with {len(hashes)} names", "one for each validation shard")
+        lines.refuse(
+            f"{len(matches)} lines 'sha256 val:' with {len(hashes)} names",
+            "one for each validation shard",
+        )
     return hashes
 
 
 def read_script_hash(lines: Lines, source: str) -> str:
     """The hash of the script, which must be that of the source at the head of the log."""
-    printed, actual = lines.one("sha256 script:", HASH)[1], hashlib.sha256(source.encode()).hexdigest()
+    printed, actual = (
+        lines.one("sha256 script:", HASH)[1],
+        hashlib.sha256(source.encode()).hexdigest(),
+    )
     if printed != actual:
-        lines.refuse(f"a source text with sha256 {actual}", f"{printed}, as in the line 'sha256 script:'")
+        lines.refuse(
+            f"a source text with sha256 {actual}", f"{printed}, as in the line 'sha256 script:'"
+        )
     return printed
 
 
@@ -286,7 +311,9 @@ def points(lines: Lines, form: str) -> tuple[Point, ...]:
     """The progress lines of this form, whose first group is a loss. Others report something else."""
     pattern = re.compile(STEP + form + r" train_time:(\d+)ms step_avg:\d+\.\d+ms")
     matches = [match for line in lines.lines if (match := pattern.fullmatch(line))]
-    return tuple(Point(int(match[1]), float(match[2]), int(match[match.re.groups])) for match in matches)
+    return tuple(
+        Point(int(match[1]), float(match[2]), int(match[match.re.groups])) for match in matches
+    )
 
 
 def read_validation(lines: Lines, config: Mapping[str, str]) -> tuple[Point, ...]:
@@ -296,7 +323,9 @@ def read_validation(lines: Lines, config: Mapping[str, str]) -> tuple[Point, ...
     end = [] if config["EVAL_ONLY"] == "1" else [int(stop[-1][1] if stop else config["ITERATIONS"])]
     steps = [point.step for point in validation]
     if steps[-1:] != end or steps != sorted(set(steps)):
-        lines.refuse(f"validations after the steps {steps}", f"steps that rise, the last of them {end}")
+        lines.refuse(
+            f"validations after the steps {steps}", f"steps that rise, the last of them {end}"
+        )
     return validation
 
 
@@ -308,32 +337,53 @@ def read_sizes(lines: Lines, source: str) -> Sizes:
     size = lines.one("submission_size:", r"(\d+) budget:(\d+) headroom:(-?\d+) (PASS|FAIL)")
     total, budget, headroom = (int(size[group]) for group in (1, 2, 3))
     if code != len(source.encode()):
-        lines.refuse(f"'Code size: {code} bytes'", f"{len(source.encode())}, the size of the source in the log")
+        lines.refuse(
+            f"'Code size: {code} bytes'",
+            f"{len(source.encode())}, the size of the source in the log",
+        )
     if not model + code == added == total:
-        lines.refuse(f"a submission of {added} and of {total} bytes", f"model {model} + code {code} = {model + code}")
+        lines.refuse(
+            f"a submission of {added} and of {total} bytes",
+            f"model {model} + code {code} = {model + code}",
+        )
     if headroom != budget - total or (size[4] == "PASS") != (headroom >= 0):
-        lines.refuse(f"'submission_size:{size[0]}'", f"headroom:{budget - total}; PASS where it is not below 0")
+        lines.refuse(
+            f"'submission_size:{size[0]}'",
+            f"headroom:{budget - total}; PASS where it is not below 0",
+        )
     return Sizes(model, code, total, budget)
 
 
 def read_audits(lines: Lines, ladder: tuple[Rung, ...]) -> tuple[str, ...]:
     """Conditions whose causality was audited. All audits must have passed, and bytes and coverage fit the ladder."""
     lines.all("audit ", ".* PASS")
-    audit = lines.one("audit bytes: ", r"documents:(\d+) of:(\d+) table_bytes:(\d+) text_bytes:(\d+) PASS")
+    audit = lines.one(
+        "audit bytes: ", r"documents:(\d+) of:(\d+) table_bytes:(\d+) text_bytes:(\d+) PASS"
+    )
     documents, of, counted, spelled = map(int, audit.groups())
     if counted != spelled:
         lines.refuse(f"'audit bytes: {audit[0]}'", "as many bytes in the table as in the text")
     reasons = r"before_first_bos:(\d+) after_last_row:(\d+) beyond_max_val_docs:(\d+)(?: out_of_time:(\d+))?"
-    matches = lines.all("audit coverage: ", rf"condition:(\w+) targets:(\d+) scored_once:(\d+) {reasons} PASS")
+    matches = lines.all(
+        "audit coverage: ", rf"condition:(\w+) targets:(\d+) scored_once:(\d+) {reasons} PASS"
+    )
     covered, conditions = [match[1] for match in matches], [rung.condition for rung in ladder]
     if covered != conditions:
-        lines.refuse(f"'audit coverage:' of '{','.join(covered)}'", f"one for each of '{','.join(conditions)}'")
+        lines.refuse(
+            f"'audit coverage:' of '{','.join(covered)}'",
+            f"one for each of '{','.join(conditions)}'",
+        )
     for rung, match in zip(ladder, matches, strict=True):
         targets, scored, *left_out = (int(number or 0) for number in match.groups()[1:])
         if scored != rung.tokens or targets != scored + sum(left_out):
-            lines.refuse(f"'audit coverage: {match[0]}'", f"scored_once:{rung.tokens}; the other targets left out")
+            lines.refuse(
+                f"'audit coverage: {match[0]}'",
+                f"scored_once:{rung.tokens}; the other targets left out",
+            )
     late = {match[1] for match in matches if match[7]}  # EVAL_MAX_SECONDS ended them
-    isolated = [rung for rung in ladder if rung.condition not in {"flat", *late}]  # they score the same documents
+    isolated = [
+        rung for rung in ladder if rung.condition not in {"flat", *late}
+    ]  # they score the same documents
     for rung in isolated:
         size = counted if documents == of else isolated[0].bytes
         if (rung.tokens, rung.bytes) != (isolated[0].tokens, size):
@@ -344,17 +394,26 @@ def read_audits(lines: Lines, ladder: tuple[Rung, ...]) -> tuple[str, ...]:
 
 def read_ladder(lines: Lines, conditions: list[str]) -> tuple[Rung, ...]:
     """The scores in the order of EVAL, checked against themselves, their deltas and the final lines."""
-    form = rf"(\w+) {SCORE} delta_bpb:([+-]\d+\.\d+) docs:\d+ tokens:(\d+) bytes:(\d+) eval_time:\d+ms"
+    form = (
+        rf"(\w+) {SCORE} delta_bpb:([+-]\d+\.\d+) docs:\d+ tokens:(\d+) bytes:(\d+) eval_time:\d+ms"
+    )
     matches = lines.all("ladder condition:", form)
     if [match[1] for match in matches] != conditions:
         found = ",".join(match[1] for match in matches)
-        lines.refuse(f"ladder lines for '{found}'", f"those of EVAL, '{','.join(conditions)}', in that order")
+        lines.refuse(
+            f"ladder lines for '{found}'", f"those of EVAL, '{','.join(conditions)}', in that order"
+        )
     ladder = tuple(Rung(m[1], Decimal(m[2]), Decimal(m[3]), int(m[5]), int(m[6])) for m in matches)
     for rung, match in zip(ladder, matches, strict=True):
         check_bits(lines, rung)
         delta, expected = Decimal(match[4]), rung.val_bpb - ladder[0].val_bpb
-        if abs(delta - expected) > half_digit(delta) + 2 * half_digit(rung.val_bpb):  # two rounded scores
-            lines.refuse(f"condition:{rung.condition} delta_bpb:{match[4]}", f"{expected:+}, the step from the first")
+        if abs(delta - expected) > half_digit(delta) + 2 * half_digit(
+            rung.val_bpb
+        ):  # two rounded scores
+            lines.refuse(
+                f"condition:{rung.condition} delta_bpb:{match[4]}",
+                f"{expected:+}, the step from the first",
+            )
     check_final_lines(lines, ladder)
     return ladder
 
@@ -380,7 +439,10 @@ def check_final_lines(lines: Lines, ladder: tuple[Rung, ...]) -> None:
     rungs = [(name, rung) for rung in ladder for name in FINAL_LINES.get(rung.condition, ())]
     expected = [name for name, _ in rungs]
     if found != expected:
-        lines.refuse(f"final lines '{', '.join(found)}'", f"'{', '.join(expected)}', since EVAL has those conditions")
+        lines.refuse(
+            f"final lines '{', '.join(found)}'",
+            f"'{', '.join(expected)}', since EVAL has those conditions",
+        )
     for (name, rung), match in zip(rungs, matches, strict=True):
         if not (agree(Decimal(match[2]), rung.val_loss) and agree(Decimal(match[3]), rung.val_bpb)):
             lines.refuse(

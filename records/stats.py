@@ -38,19 +38,25 @@ def summarize(values: Sequence[float], threshold: float) -> Summary:
     Equal scores have no spread to test with: they prove a mean below the threshold (p = 0) or they do not (p = 1).
     """
     if len(values) < 2:
-        raise ValueError(f"found {len(values)} value; expected at least 2, as one score has no spread; run more seeds")
+        raise ValueError(
+            f"found {len(values)} value; expected at least 2, as one score has no spread; run more seeds"
+        )
     for value in (*values, threshold):
         if not math.isfinite(value):
             raise ValueError(f"found {value}; expected finite numbers")
     if min(values) == max(values):
         return Summary(len(values), values[0], 0.0, threshold, float(values[0] >= threshold))
     p_value = float(ttest_1samp(values, threshold, alternative="less").pvalue)
-    return Summary(len(values), statistics.fmean(values), statistics.pstdev(values), threshold, p_value)
+    return Summary(
+        len(values), statistics.fmean(values), statistics.pstdev(values), threshold, p_value
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(description="Mean, spread and p-value of the scores of several seeds.")
+    parser = argparse.ArgumentParser(
+        description="Mean, spread and p-value of the scores of several seeds."
+    )
     parser.add_argument("values", type=float, nargs="+", help="bits per byte, one for each seed")
     parser.add_argument("--threshold", type=float, required=True, help="the score to beat")
     options = parser.parse_args(arguments)

@@ -6,7 +6,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # two workers run side by side: threads that wait for each other would spin
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # two workers run side by side: threads that wait for each other would spin
+)
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ import torch
 import train_gpt as tg
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFORMANCE = Path(__file__).resolve().parent / "conformance"  # copies of the project's conformance set
+CONFORMANCE = (
+    Path(__file__).resolve().parent / "conformance"
+)  # copies of the project's conformance set
 CPU = torch.device("cpu")
 
 # A model of 0.5 M parameters on the conformance shards: small enough to start, train and score in seconds.
@@ -39,23 +43,38 @@ TINY_RUN = {
     "TTT_EVAL_SEQ_LEN": "128",
     "MAX_VAL_DOCS": "6",
 }
-EVAL_ARTIFACT = {"EVAL_ONLY": "1", "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"), "TRAIN_SEQ_LEN": "512"}
+EVAL_ARTIFACT = {
+    "EVAL_ONLY": "1",
+    "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"),
+    "TRAIN_SEQ_LEN": "512",
+}
 
 
 def invocation(out_dir, ranks=0, script=ROOT / "train_gpt.py", restarts=0, **settings):
     """(command, environment) that start the script as a user does; ranks=0 without torchrun, None unsets a setting."""
-    ours = {f.upper() for f in tg.Config.__dataclass_fields__} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    ours = {f.upper() for f in tg.Config.__dataclass_fields__} | {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    }
     env = {key: value for key, value in os.environ.items() if key not in ours}
     env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out_dir), "RUN_ID": "test"} | TINY_RUN | settings
     env = {key: value for key, value in env.items() if value is not None}
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    torchrun = [
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        f"--max-restarts={restarts}",
+    ]
     return [sys.executable, *(["-m", *torchrun] if ranks else []), str(script)], env
 
 
 def run_script(out_dir, ranks=0, **settings):
     """Run the script as a user does, see invocation. Returns the finished process."""
     command, env = invocation(out_dir, ranks, **settings)
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500, cwd=out_dir)
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=1500, cwd=out_dir
+    )
 
 
 def changed_script(folder, old, new):
@@ -88,17 +107,33 @@ def write_shard(path, tokens):
 def tiny_config(**settings):
     """A three-layer model of width 32 with chunks of 8 in windows of 24."""
     base = tg.Config(
-        device="cpu", num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, vocab_size=96, train_seq_len=32,
-        train_batch_tokens=256, grad_accum_steps=2, val_batch_size=256, ttt_chunk_size=8, ttt_eval_seq_len=24,
-        ttt_lora_rank=2, ttt_batch_size=4, warmup_steps=0, max_wallclock_seconds=0.0, iterations=3,
-    )  # fmt: skip
+        device="cpu",
+        num_layers=3,
+        model_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=96,
+        train_seq_len=32,
+        train_batch_tokens=256,
+        grad_accum_steps=2,
+        val_batch_size=256,
+        ttt_chunk_size=8,
+        ttt_eval_seq_len=24,
+        ttt_lora_rank=2,
+        ttt_batch_size=4,
+        warmup_steps=0,
+        max_wallclock_seconds=0.0,
+        iterations=3,
+    )
     return replace(base, **settings)
 
 
 def tiny_condition(cfg, learn=True, stream=False, **settings):
     """Chunks of 8 in windows of 24, the recipe's adapters or none, with or without a memory in place of windows."""
     targets = ("c_q", "c_v", "lm_head") if learn else ()
-    how = tg.Condition(8, 24, cfg.ttt_batch_size, targets, cfg.ttt_lora_rank, cfg.ttt_lora_lr, stream=stream)
+    how = tg.Condition(
+        8, 24, cfg.ttt_batch_size, targets, cfg.ttt_lora_rank, cfg.ttt_lora_lr, stream=stream
+    )
     return replace(how, **settings)
 
 
@@ -120,7 +155,9 @@ def tiny_table(vocab_size):
 
 def tiny_score(nats, tokens, size):
     """A score of one chunk."""
-    return tg.Score({"tokens": np.array([tokens]), "bytes": np.array([size]), "loss_nats": np.array([nats])})
+    return tg.Score(
+        {"tokens": np.array([tokens]), "bytes": np.array([size]), "loss_nats": np.array([nats])}
+    )
 
 
 def tiny_documents(lengths, vocab_size=96, seed=0):

@@ -32,7 +32,9 @@ class HubServer:
 
     def __init__(self, repo: str, files: dict[str, bytes]):
         self.repo, self.files = repo, dict(files)
-        self.commit_header = {"X-Repo-Commit": COMMIT}  # how a client knows a hub from any other web server
+        self.commit_header = {
+            "X-Repo-Commit": COMMIT
+        }  # how a client knows a hub from any other web server
         self.sent_instead: dict[str, bytes] = {}
         self.status: dict[str, int] = {}  # path -> answer every request for it with this status
         self.listed_size: dict[str, int] = {}  # path -> a size to claim in paths-info
@@ -47,7 +49,9 @@ class HubServer:
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in handlers]
         for server in self.servers:
             Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        self.endpoint, self.storage = (
+            f"http://127.0.0.1:{server.server_port}" for server in self.servers
+        )
         return self
 
     def __exit__(self, *exc):
@@ -80,7 +84,9 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet: the tests read `requests` instead."""
 
     def seen(self) -> Request:
-        return Request(self.command, self.path, self.headers.get("Range"), self.headers.get("Authorization"))
+        return Request(
+            self.command, self.path, self.headers.get("Range"), self.headers.get("Authorization")
+        )
 
     def answer(self, status: int, headers: dict | None = None, body: bytes = b"") -> None:
         self.send_response(status)
@@ -103,7 +109,9 @@ class Handler(BaseHTTPRequestHandler):
             kept, self.hub.status[path] = body[: self.hub.cut.pop(path)], self.hub.status_after_cut
         self.hub.bytes_sent[path] += len(kept)
         self.answer(206 if asked else 200, headers | {"Content-Length": len(body)}, kept)
-        self.close_connection = len(kept) < len(body)  # the client was promised more: a broken transfer
+        self.close_connection = len(kept) < len(
+            body
+        )  # the client was promised more: a broken transfer
 
 
 class Hub(Handler):
@@ -116,7 +124,9 @@ class Hub(Handler):
         elif not is_small(path):
             self.answer(302, commit | {"Location": f"{self.hub.storage}/{path}?signature=secret"})
         elif self.command == "HEAD" and path not in self.hub.status:
-            self.answer(200, commit | {"ETag": '"tag"', "Content-Length": len(self.hub.files[path])})
+            self.answer(
+                200, commit | {"ETag": '"tag"', "Content-Length": len(self.hub.files[path])}
+            )
         else:
             self.send_file(path)
 

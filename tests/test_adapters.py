@@ -34,7 +34,9 @@ def test_merged_weights_equal_adapters(rt, tied):
         expected, plain = model(ids, targets, adapters=pairs), model(ids, targets)
         merged = tg.GPT(tiny_config(tie_embeddings=False), rt.dtype)
         head = (model.lm_head or model.tok_emb).weight.float()
-        state = model.state_dict() | {"lm_head.weight": head}  # so that a tied head can be merged alone
+        state = model.state_dict() | {
+            "lm_head.weight": head
+        }  # so that a tied head can be merged alone
         for name, (a, b) in pairs.items():
             state[f"{name}.weight"] = state[f"{name}.weight"] + b[0] @ a[0]
         merged.load_state_dict(state)
@@ -47,7 +49,10 @@ def test_adapters_sit_where_the_record_has_them(rt):
     model = tiny_model(cfg, rt)
     how = tg.ladder(tiny_documents([60]), cfg, rt)["ttt"]
     adapters = tg.DocumentAdapters(model, how, 2, cfg.seed, rt)
-    shapes = {name: (tuple(a.shape), tuple(b.shape)) for name, (a, b) in adapters.pairs(adapters.flat).items()}
+    shapes = {
+        name: (tuple(a.shape), tuple(b.shape))
+        for name, (a, b) in adapters.pairs(adapters.flat).items()
+    }
     expected = {"lm_head": ((2, 3, 32), (2, 96, 3))}
     for i in range(3):
         expected[f"blocks.{i}.attn.c_q"] = ((2, 3, 32), (2, 32, 3))
@@ -72,7 +77,9 @@ def test_fresh_adapters_change_nothing(rt):
     model = tiny_model(cfg, rt)
     adapters = tg.DocumentAdapters(model, tiny_condition(cfg), 2, cfg.seed, rt)
     ids, targets = batch(2)
-    assert torch.equal(model(ids, targets, adapters=adapters.pairs(adapters.flat)), model(ids, targets))
+    assert torch.equal(
+        model(ids, targets, adapters=adapters.pairs(adapters.flat)), model(ids, targets)
+    )
 
 
 def test_every_document_starts_from_the_same_seeded_draw(rt):
@@ -113,7 +120,11 @@ def test_batched_adam_equals_torch_adam_per_document(rt, betas, seated):
     for row in (0, 2):
         assert torch.equal(adapters.flat[row], adapters.start) and adapters.steps[row] == 0
         assert not adapters.mean[row].any() and not adapters.square[row].any()
-    assert not torch.equal(adapters.flat[1], adapters.start) and adapters.steps[1] > 0 and adapters.square[1].all()
+    assert (
+        not torch.equal(adapters.flat[1], adapters.start)
+        and adapters.steps[1] > 0
+        and adapters.square[1].all()
+    )
 
 
 def test_the_rate_falls_over_a_document(rt):
@@ -138,8 +149,11 @@ def test_targets_name_the_adapted_projections(rt, targets):
     model = tiny_model(cfg, rt)
     how = tiny_condition(cfg, targets=targets, rank=4, spread=3.0)
     adapters = tg.DocumentAdapters(model, how, 1, cfg.seed, rt)
-    inside = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj",
-                                                                  "mlp.fc", "mlp.proj")]  # fmt: skip
+    inside = [
+        f"blocks.{i}.{part}"
+        for i in range(2)
+        for part in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+    ]
     assert list(adapters.names) == [name for name in [*inside, "lm_head"] if name.endswith(targets)]
     for a, b in adapters.pairs(adapters.flat).values():
         bound = 3 / math.sqrt(a.shape[-1])

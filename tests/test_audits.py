@@ -45,7 +45,9 @@ def tokenizer():
 
 def documents(tokenizer, texts, table=None):
     ids = [i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]]
-    return tg.split_documents(np.array(ids), tokenizer.bos_id(), 0, table or tg.ByteTable.build(tokenizer), CPU)
+    return tg.split_documents(
+        np.array(ids), tokenizer.bos_id(), 0, table or tg.ByteTable.build(tokenizer), CPU
+    )
 
 
 def changed_table(tokenizer, **columns):
@@ -63,7 +65,10 @@ def test_a_right_table_passes(tokenizer, rt, capsys, tmp_path):
     docs = documents(tokenizer, TEXTS)
     tg.audit_bytes(docs, tg.ByteTable.build(tokenizer), tokenizer, rt)
     size = sum(len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS)
-    assert capsys.readouterr().out == f"audit bytes: documents:4 of:4 table_bytes:{size} text_bytes:{size} PASS\n"
+    assert (
+        capsys.readouterr().out
+        == f"audit bytes: documents:4 of:4 table_bytes:{size} text_bytes:{size} PASS\n"
+    )
 
 
 def test_random_tokens_pass(tokenizer, rt):
@@ -76,14 +81,18 @@ def test_random_tokens_pass(tokenizer, rt):
 
 def test_a_sample_of_200_at_least(tokenizer, rt, capsys, tmp_path):
     rt.log_path = tmp_path / "log.txt"
-    tg.audit_bytes(documents(tokenizer, ["some words"] * 1000), tg.ByteTable.build(tokenizer), tokenizer, rt)
+    tg.audit_bytes(
+        documents(tokenizer, ["some words"] * 1000), tg.ByteTable.build(tokenizer), tokenizer, rt
+    )
     assert 200 <= int(re.search(r"documents:(\d+) of:1000 ", capsys.readouterr().out)[1]) < 1000
 
 
 def test_a_wrong_piece_is_named(tokenizer, rt):
     the = tokenizer.piece_to_id("▁the")
     assert the in tokenizer.encode("or the end")
-    table = changed_table(tokenizer, base=lambda base: base.__setitem__(the, 4))  # the space counted twice
+    table = changed_table(
+        tokenizer, base=lambda base: base.__setitem__(the, 4)
+    )  # the space counted twice
     docs = documents(tokenizer, ["plain", "or the end"], table)
     with pytest.raises(tg.UserError, match=r"audit bytes: .* because of piece '▁the'"):
         tg.audit_bytes(docs, table, tokenizer, rt)
@@ -91,14 +100,22 @@ def test_a_wrong_piece_is_named(tokenizer, rt):
 
 def test_a_space_that_opens_a_document_is_no_text(tokenizer, rt):
     """The audit takes nothing from the table, which here takes BOS for text."""
-    table = changed_table(tokenizer, is_text=lambda text: text.__setitem__(tokenizer.bos_id(), True))
-    docs = tg.split_documents(np.array([1, tokenizer.piece_to_id("▁the"), 1]), tokenizer.bos_id(), 0, table, CPU)
-    with pytest.raises(tg.UserError, match=r"audit bytes: .* 4 bytes .* has 3, because of how pieces join"):
+    table = changed_table(
+        tokenizer, is_text=lambda text: text.__setitem__(tokenizer.bos_id(), True)
+    )
+    docs = tg.split_documents(
+        np.array([1, tokenizer.piece_to_id("▁the"), 1]), tokenizer.bos_id(), 0, table, CPU
+    )
+    with pytest.raises(
+        tg.UserError, match=r"audit bytes: .* 4 bytes .* has 3, because of how pieces join"
+    ):
         tg.audit_bytes(docs, table, tokenizer, rt)
 
 
 def test_a_byte_piece_that_counts_more_is_named(tokenizer, rt):
-    table = changed_table(tokenizer, base=lambda base: base.__setitem__(tokenizer.piece_to_id("<0xE6>"), 3))
+    table = changed_table(
+        tokenizer, base=lambda base: base.__setitem__(tokenizer.piece_to_id("<0xE6>"), 3)
+    )
     with pytest.raises(tg.UserError, match=r"audit bytes: .*because of piece '<0xE6>'"):
         tg.audit_bytes(documents(tokenizer, ["plain", "漢字"], table), table, tokenizer, rt)
 
@@ -120,14 +137,28 @@ def spaced(tmp_path_factory):
     path = tmp_path_factory.mktemp("spaced") / "spaced"
     texts = ["the cat sat on  the mat of the hat", "in  the end of  the day on the bay"] * 50
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(path), vocab_size=310, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
-        split_by_whitespace=False, user_defined_symbols=["▁of▁the▁", "▁▁"], pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_prefix=str(path),
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        split_by_whitespace=False,
+        user_defined_symbols=["▁of▁the▁", "▁▁"],
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+    )
     return sentencepiece.SentencePieceProcessor(model_file=f"{path}.model")
 
 
-@pytest.mark.parametrize("text", ["hat of the mat", "on  the end", "day of the  bay 漢 cat", "the  "])
+@pytest.mark.parametrize(
+    "text", ["hat of the mat", "on  the end", "day of the  bay 漢 cat", "the  "]
+)
 def test_spaces_inside_pieces_count_one_byte_each(spaced, rt, text):
     ids = spaced.encode(text)
     pieces = [spaced.id_to_piece(i) for i in ids]
@@ -139,7 +170,9 @@ def test_spaces_inside_pieces_count_one_byte_each(spaced, rt, text):
 
 
 def test_a_run_that_counts_wrongly_prints_no_score(tmp_path):
-    script = changed_script(tmp_path, "+ (self.leading_space[target]", "+ 2 * (self.leading_space[target]")
+    script = changed_script(
+        tmp_path, "+ (self.leading_space[target]", "+ 2 * (self.leading_space[target]"
+    )
     done = run_script(tmp_path, 2, script=script, **EVAL_ARTIFACT)
     assert refusal(done).startswith("error: audit bytes: up to token ")
     assert "bpb" not in done.stdout
@@ -159,7 +192,9 @@ def scored(rt):
     return tiny_model(cfg, rt), tiny_documents([50, 9, 60, 33, 40]), cfg
 
 
-@pytest.mark.parametrize("how", [HOW, STREAM, tg.Condition(8, 24, 4), tg.Condition(32, 32, 4, isolated=False)])
+@pytest.mark.parametrize(
+    "how", [HOW, STREAM, tg.Condition(8, 24, 4), tg.Condition(32, 32, 4, isolated=False)]
+)
 def test_sound_code_passes(scored, rt, how):
     model, docs, cfg = scored
     # The longest and the third longest document, of 60 and 39 predictions, keep their beginnings.
@@ -169,7 +204,15 @@ def test_sound_code_passes(scored, rt, how):
 
 @pytest.mark.parametrize(
     ("lengths", "compared"),
-    [([2], 0), ([3], 2), ([2, 2], 2), ([9, 3], 4 + 4), ([17], 4 + 4), ([18], 8 + 4 + 4), ([30, 30, 30], 20 + 4)],
+    [
+        ([2], 0),
+        ([3], 2),
+        ([2, 2], 2),
+        ([9, 3], 4 + 4),
+        ([17], 4 + 4),
+        ([18], 8 + 4 + 4),
+        ([30, 30, 30], 20 + 4),
+    ],
 )
 def test_few_and_short_documents_pass(rt, lengths, compared):
     """Short ones stand in for each other. The cut is in the last chunk but one, or halfway through an only one."""
@@ -216,7 +259,9 @@ def learn_for_good(*arguments):
 
 def look_ahead_in_slid_windows(tokens, starts, left, places, length, how, rt):
     """Windows that no longer begin with their document show each prediction what follows its target."""
-    ids, targets, at, positions, live = tg_gather_chunk(tokens, starts, left, places, length, how, rt)
+    ids, targets, at, positions, live = tg_gather_chunk(
+        tokens, starts, left, places, length, how, rt
+    )
     slid = torch.from_numpy(places + np.minimum(left, how.chunk) > how.window)[:, None]
     at = torch.arange(targets.shape[1]).expand_as(targets) if at is None else at
     return ids, targets, (at + 2 * slid).clamp(max=ids.shape[1] - 1), positions, live
@@ -266,22 +311,30 @@ tg_attend = tg.Memory.attend
 BUGS = {
     "learning before scoring": (tg, "score_then_learn", learn_then_score),
     "adapters kept from document to document": (tg.DocumentAdapters, "reset", remember_everything),
-    "adapters kept from evaluation to evaluation": (tg.DocumentAdapters, "__init__", remember_for_ever),
+    "adapters kept from evaluation to evaluation": (
+        tg.DocumentAdapters,
+        "__init__",
+        remember_for_ever,
+    ),
     "a weight that learns": (tg, "score_then_learn", learn_for_good),
     "a look ahead in slid windows": (tg, "gather_chunk", look_ahead_in_slid_windows),
     "one gradient for all documents": (tg.DocumentAdapters, "adam", share_lessons),
     "attention without a mask": (tg, "causal_attention", see_the_future),
     "statistics of the whole batch": (tg.F, "rms_norm", normalise_over_the_batch),
 }
-STREAM_BUGS = {name: bug for name, bug in BUGS.items() if bug[1] not in ("gather_chunk", "causal_attention")} | {
+STREAM_BUGS = {
+    name: bug for name, bug in BUGS.items() if bug[1] not in ("gather_chunk", "causal_attention")
+} | {
     "a chunk that sees its own future": (tg.Memory, "turn", see_the_future_of_the_chunk),
     "a memory that outlives its document": (tg.Memory, "turn", see_what_others_left),
     "a memory of another document": (tg.Memory, "attend", share_the_past),
 }
 
 
-@pytest.mark.parametrize(("how", "bug"), [*((HOW, bug) for bug in BUGS.items()),
-                                          *((STREAM, bug) for bug in STREAM_BUGS.items())])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "bug"),
+    [*((HOW, bug) for bug in BUGS.items()), *((STREAM, bug) for bug in STREAM_BUGS.items())],
+)
 def test_a_leak_is_found(scored, rt, monkeypatch, how, bug):
     model, docs, cfg = scored
     monkeypatch.setattr(*bug[1])
@@ -302,8 +355,11 @@ def test_learning_before_scoring_is_found_at_any_length(rt, monkeypatch, how, le
 def test_noise_of_kernels_is_allowed_for_where_there_is_any(scored, rt, monkeypatch):
     """GPUs add in any order: there, and only there, a small difference is no leak; a real one still is."""
     generator, original = torch.Generator().manual_seed(0), tg.causal_attention
-    monkeypatch.setattr(tg, "causal_attention", lambda q, k, v: (o := original(q, k, v)) + 1e-6 * torch.randn(
-        o.shape, generator=generator))  # fmt: skip
+    monkeypatch.setattr(
+        tg,
+        "causal_attention",
+        lambda q, k, v: (o := original(q, k, v)) + 1e-6 * torch.randn(o.shape, generator=generator),
+    )
     model, docs, cfg = scored
     with pytest.raises(tg.UserError, match="audit causality"):
         tg.audit_causality(model, docs, HOW, cfg, rt)
@@ -317,7 +373,9 @@ def test_noise_of_kernels_is_allowed_for_where_there_is_any(scored, rt, monkeypa
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 def test_scores_that_are_no_numbers_do_not_pass(scored, rt, monkeypatch, fill):
     model, docs, cfg = scored
-    monkeypatch.setattr(tg, "score_then_learn", lambda model, chunk, *_: torch.full(chunk[1].shape, fill))
+    monkeypatch.setattr(
+        tg, "score_then_learn", lambda model, chunk, *_: torch.full(chunk[1].shape, fill)
+    )
     with pytest.raises(tg.UserError, match="audit causality"):
         tg.audit_causality(model, docs, HOW, cfg, rt)
 
@@ -333,9 +391,13 @@ def test_a_run_that_learns_before_it_scores_stops(tmp_path):
 
 def test_a_run_that_skips_tokens_stops(tmp_path):
     old = "                ledger.index_add_("
-    script = changed_script(tmp_path, old, f"                entry[:, -1, -1] *= numbers.max() != 1\n{old}")
+    script = changed_script(
+        tmp_path, old, f"                entry[:, -1, -1] *= numbers.max() != 1\n{old}"
+    )
     line = refusal(run_script(tmp_path, script=script, **EVAL_ARTIFACT, EVAL="stride"))
-    assert re.match(r"error: audit coverage: position \d+: scored 0 times, loss 0; expected 1 times", line)
+    assert re.match(
+        r"error: audit coverage: position \d+: scored 0 times, loss 0; expected 1 times", line
+    )
 
 
 # -- what is not finite, and what is too large --------------------------------------------------------------------
@@ -343,12 +405,17 @@ def test_a_run_that_skips_tokens_stops(tmp_path):
 
 def test_a_diverging_training_stops_and_exports_nothing(tmp_path):
     """A rate that overflows: every rank stops, rank 0 says at which step and parameter."""
-    done = run_script(tmp_path, 2, MATRIX_LR="1e18", SCALAR_LR="1e18", ITERATIONS="30", WARMUP_STEPS="0")
+    done = run_script(
+        tmp_path, 2, MATRIX_LR="1e18", SCALAR_LR="1e18", ITERATIONS="30", WARMUP_STEPS="0"
+    )
     line = r"error: step (\d+): the (?:gradient of|weight) (\S+) is not finite; the last good state is that after"
     found = re.match(rf"{line} step (\d+); nothing was exported", refusal(done))
     assert 1 < int(found[1]) <= 10 and int(found[3]) == int(found[1]) - 1
     assert not list(tmp_path.glob("final_model*"))
-    assert f"step:{found[3]}/30 train_loss" in done.stdout and f"step:{int(found[1]) + 1}/30" not in done.stdout
+    assert (
+        f"step:{found[3]}/30 train_loss" in done.stdout
+        and f"step:{int(found[1]) + 1}/30" not in done.stdout
+    )
 
 
 @pytest.fixture
@@ -362,7 +429,9 @@ def spoil_gradient(trainer, step):
     """From now on a gradient holds an infinity in the step with this number, counted from 1."""
 
     def hook(grad):
-        return grad.index_fill(0, torch.tensor([3]), torch.inf) if trainer.step == step - 1 else grad
+        return (
+            grad.index_fill(0, torch.tensor([3]), torch.inf) if trainer.step == step - 1 else grad
+        )
 
     trainer.model.blocks[1].mlp.fc.weight.register_hook(hook)
 
@@ -373,7 +442,9 @@ def test_the_parameter_at_fault_is_named(trainer):
     trainer.refuse_faults()
     trainer.train_step()
     trainer.train_step()  # by now everything is lost, but the first fault is what counts
-    with pytest.raises(tg.AgreedError, match=r"step 2: the gradient of blocks\.1\.mlp\.fc\.weight .*step 1;"):
+    with pytest.raises(
+        tg.AgreedError, match=r"step 2: the gradient of blocks\.1\.mlp\.fc\.weight .*step 1;"
+    ):
         trainer.refuse_faults()
 
 
@@ -382,7 +453,9 @@ def test_a_weight_at_fault_is_named(trainer):
     trainer.train_step()
     trainer.optimizers[0].param_groups[0]["base_lr"] = math.inf
     trainer.train_step()
-    with pytest.raises(tg.AgreedError, match=r"step 2: the weight blocks\.0\.attn\.c_q\.weight .*step 1;"):
+    with pytest.raises(
+        tg.AgreedError, match=r"step 2: the weight blocks\.0\.attn\.c_q\.weight .*step 1;"
+    ):
         trainer.refuse_faults()
 
 
@@ -401,8 +474,12 @@ def test_nothing_is_reported_after_a_fault(trainer, ahead, capsys, tmp_path):
     spoil_gradient(trainer, 13)
     validations = []
     with pytest.raises(tg.AgreedError, match="step 13: "):
-        tg.train(trainer, validate=lambda: validations.append(trainer.step) or tiny_score(1.0, 1, 1))
-    assert trainer.step == 14 and "step:14/" not in capsys.readouterr().out and 14 not in validations
+        tg.train(
+            trainer, validate=lambda: validations.append(trainer.step) or tiny_score(1.0, 1, 1)
+        )
+    assert (
+        trainer.step == 14 and "step:14/" not in capsys.readouterr().out and 14 not in validations
+    )
 
 
 def test_the_last_steps_of_a_training_count_too(trainer):
@@ -415,7 +492,9 @@ def test_the_last_steps_of_a_training_count_too(trainer):
 def test_a_fault_in_the_warm_up_is_undone_with_it(trainer):
     trainer.cfg = replace(trainer.cfg, warmup_steps=2)
     handle = trainer.model.skip_weights.register_hook(lambda grad: grad * torch.inf)
-    trainer.model.register_forward_pre_hook(lambda *_: handle.remove() if trainer.step == 1 else None)
+    trainer.model.register_forward_pre_hook(
+        lambda *_: handle.remove() if trainer.step == 1 else None
+    )
     trainer.warm_up()
     trainer.refuse_faults()
 
@@ -444,7 +523,9 @@ def test_an_artifact_over_budget_fails(rt, tmp_path, capsys):
     path = tg.export(model, cfg, rt)
     size = path.stat().st_size + len(tg.source_code().encode())
     for budget, verdict in ((size, "PASS"), (size - 1, "FAIL")):
-        tg.score_artifact(model, path, tiny_documents([9]), replace(cfg, artifact_budget=budget), rt, {})
+        tg.score_artifact(
+            model, path, tiny_documents([9]), replace(cfg, artifact_budget=budget), rt, {}
+        )
         line = f"submission_size:{size} budget:{budget} headroom:{budget - size} {verdict}"
         assert capsys.readouterr().out.splitlines()[-1] == line
 

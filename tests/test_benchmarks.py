@@ -32,7 +32,9 @@ def test_shuffled_documents_are_the_same_documents(tmp_path):
 @pytest.mark.parametrize(("promised", "status"), [(1e-6, 0), (-1.0, 1)])
 def test_invariance_prints_spreads_and_judges_them(monkeypatch, capsys, promised, status):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    runs = dict(list(invariance.RUNS.items())[3:5] if status == 0 else list(invariance.RUNS.items())[3:4])
+    runs = dict(
+        list(invariance.RUNS.items())[3:5] if status == 0 else list(invariance.RUNS.items())[3:4]
+    )
     monkeypatch.setattr(invariance, "RUNS", runs)
     monkeypatch.setattr(invariance, "PROMISED", {"float32": promised})
     artifact = str(CONFORMANCE / "final_model.int8.ptz")
@@ -100,7 +102,9 @@ def test_scaling_and_frontier_run(bench, capsys, tmp_path, monkeypatch):
 
 def test_checkpoints_are_measured():
     size, save, step = checkpoint.measure("cpu", CONFORMANCE, repeats=1)
-    needed = 6 * 1024 * 192 + 8 * 4 * 192 * (192 * 2 + 64 * 2 + 2 * 384)  # bytes: bf16 with two moments, fp32 with one
+    needed = 6 * 1024 * 192 + 8 * 4 * 192 * (
+        192 * 2 + 64 * 2 + 2 * 384
+    )  # bytes: bf16 with two moments, fp32 with one
     assert needed < size < 1.1 * needed and save > 0 and step > 0
 
 
@@ -110,7 +114,11 @@ def test_rate_distortion_compares_at_equal_bytes(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(rate_distortion, "FLOORS", (8, 12))
     rows = rate_distortion.compare(bench)
     assert [(name, floor) for name, floor, *_ in rows] == [
-        ("as it is", 8), ("as it is", 12), ("of every matrix", 8), ("of every matrix", 12)]  # fmt: skip
+        ("as it is", 8),
+        ("as it is", 12),
+        ("of every matrix", 8),
+        ("of every matrix", 12),
+    ]
     for _, _, size, theirs, ours in rows:
         assert 20_000 < size < 800_000 and theirs > 0.002 and ours < theirs / 3
     table = capsys.readouterr().out.splitlines()[-len(rows) :]
@@ -121,17 +129,25 @@ def test_rate_distortion_compares_at_equal_bytes(capsys, tmp_path, monkeypatch):
 
 def test_quantisation_is_timed(capsys):
     budget = len(tg.source_code().encode()) + 40_000
-    cfg = replace(tiny_config(), data_path=str(CONFORMANCE), vocab_size=1024, artifact_budget=budget)
+    cfg = replace(
+        tiny_config(), data_path=str(CONFORMANCE), vocab_size=1024, artifact_budget=budget
+    )
     rate_distortion.timing(cfg, 1)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[0].split(":")[0] for row in rows] == ["the record's", "ours", "calibrate alone, least"]
+    assert [row[0].split(":")[0] for row in rows] == [
+        "the record's",
+        "ours",
+        "calibrate alone, least",
+    ]
     assert int(rows[0][2]) > int(rows[1][2]) > 0.97 * 40_000
 
 
 def tiny_training(**settings):
     """Three layers of width 32 on the conformance shards; rounding shows within 40 steps at the record's rates."""
     rates = dict(tied_embed_lr=0.01, matrix_lr=0.02, scalar_lr=0.01)
-    base = tiny_config(vocab_size=1024, data_path=str(CONFORMANCE), iterations=100, warmdown_iters=0, **rates)
+    base = tiny_config(
+        vocab_size=1024, data_path=str(CONFORMANCE), iterations=100, warmdown_iters=0, **rates
+    )
     return replace(base, **dict(train_batch_tokens=1024) | settings)
 
 
@@ -164,7 +180,10 @@ def test_model_flops_are_those_that_torch_counts(rt):
 
 def test_bytes_on_the_wire_are_the_fewest(capsys):
     """What the kernel counts at the sockets of two ranks: ours near the minimum, the plain loop nearly twice."""
-    rows = {name: (count, same) for name, count, _, same in train_step.wire(tiny_training(dtype="float32"), 2, 3)}
+    rows = {
+        name: (count, same)
+        for name, count, _, same in train_step.wire(tiny_training(dtype="float32"), 2, 3)
+    }
     ours, plain = train_step.least_bytes(tiny_training(), 2)
     assert ours <= rows["ours"][0] <= 1.02 * ours + 4000 and rows["plain"][0] >= plain > 1.3 * ours
     assert rows["ours"][1] and rows["plain"][1]
@@ -174,7 +193,11 @@ def test_bytes_on_the_wire_are_the_fewest(capsys):
 def test_waiting_for_tokens_is_measured_across_a_switch_of_shards(rt, monkeypatch):
     seen = []
     read = tg.TokenStream.read
-    monkeypatch.setattr(tg.TokenStream, "read", lambda self, start, n: seen.append((start, n)) or read(self, start, n))
+    monkeypatch.setattr(
+        tg.TokenStream,
+        "read",
+        lambda self, start, n: seen.append((start, n)) or read(self, start, n),
+    )
     found = train_step.waits(tiny_training(), rt, 20, tokens=100_000)
     assert len(found) == 2 and all(0 < median <= most < 1000 for median, most in found.values())
     assert any(start < 100_000 < start + n for start, n in seen[len(seen) // 2 :])

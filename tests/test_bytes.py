@@ -18,8 +18,11 @@ TEXTS = [
     "digits 1234567890 and 3.14159, 2026-11-22",
     "tabs\tbetween\twords\nand lines\n\n  indented",
     "漢字 кириллица ελληνικά עברית 🂡 byte fallback \U0001f9ff",
-    "a", "▁ a real low line ▁▁", "trailing space ", "x\u00a0y\u3000z\u200b",
-]  # fmt: skip
+    "a",
+    "▁ a real low line ▁▁",
+    "trailing space ",
+    "x\u00a0y\u3000z\u200b",
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +55,23 @@ def test_pieces_by_kind(tokenizer):
     word, byte = tokenizer.piece_to_id("▁the"), tokenizer.piece_to_id("<0xE2>")
     assert tokenizer.is_byte(byte) and not tokenizer.is_unknown(word)
     assert table_bytes(tokenizer, [letter, word, byte, space]).tolist() == [1, 4, 1, 1]
-    bos, eos, pad, unk = tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id(), tokenizer.unk_id()
+    bos, eos, pad, unk = (
+        tokenizer.bos_id(),
+        tokenizer.eos_id(),
+        tokenizer.pad_id(),
+        tokenizer.unk_id(),
+    )
     # A leading space counts only after text: the decoder drops it at the start of a document.
-    assert table_bytes(tokenizer, [word, bos, word, eos, word, pad, unk, word]).tolist() == [3, 0, 3, 0, 3, 0, 0, 3]
+    assert table_bytes(tokenizer, [word, bos, word, eos, word, pad, unk, word]).tolist() == [
+        3,
+        0,
+        3,
+        0,
+        3,
+        0,
+        0,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model"])

@@ -9,16 +9,48 @@ import train_gpt as tg
 
 # The table of spec.md section 4, written down here once more and independently.
 PUBLISHED = {
-    "DATA_PATH": "./data/datasets/fineweb10B_sp1024", "TOKENIZER_PATH": "./data/tokenizers/fineweb_1024_bpe.model",
-    "SEED": 1337, "VAL_BATCH_SIZE": 524288, "VAL_LOSS_EVERY": 1000, "TRAIN_LOG_EVERY": 200, "ITERATIONS": 20000,
-    "WARMDOWN_ITERS": 1200, "WARMUP_STEPS": 20, "TRAIN_BATCH_TOKENS": 524288, "TRAIN_SEQ_LEN": 1024,
-    "MAX_WALLCLOCK_SECONDS": 600, "QK_GAIN_INIT": 1.5, "VOCAB_SIZE": 1024, "NUM_LAYERS": 9, "MODEL_DIM": 512,
-    "NUM_HEADS": 8, "NUM_KV_HEADS": 4, "MLP_MULT": 2, "TIE_EMBEDDINGS": True, "ROPE_BASE": 10000, "LOGIT_SOFTCAP": 30,
-    "EMBED_LR": 0.6, "HEAD_LR": 0.008, "TIED_EMBED_LR": 0.05, "TIED_EMBED_INIT_STD": 0.005, "MATRIX_LR": 0.04,
-    "SCALAR_LR": 0.04, "MUON_MOMENTUM": 0.95, "MUON_BACKEND_STEPS": 5, "MUON_MOMENTUM_WARMUP_START": 0.85,
-    "MUON_MOMENTUM_WARMUP_STEPS": 500, "BETA1": 0.9, "BETA2": 0.95, "ADAM_EPS": 1e-8, "GRAD_CLIP_NORM": 0,
-    "TTT_LORA_RANK": 8, "TTT_LORA_LR": 0.01, "TTT_CHUNK_SIZE": 256, "TTT_EVAL_SEQ_LEN": 1024, "TTT_BATCH_SIZE": 64,
-}  # fmt: skip
+    "DATA_PATH": "./data/datasets/fineweb10B_sp1024",
+    "TOKENIZER_PATH": "./data/tokenizers/fineweb_1024_bpe.model",
+    "SEED": 1337,
+    "VAL_BATCH_SIZE": 524288,
+    "VAL_LOSS_EVERY": 1000,
+    "TRAIN_LOG_EVERY": 200,
+    "ITERATIONS": 20000,
+    "WARMDOWN_ITERS": 1200,
+    "WARMUP_STEPS": 20,
+    "TRAIN_BATCH_TOKENS": 524288,
+    "TRAIN_SEQ_LEN": 1024,
+    "MAX_WALLCLOCK_SECONDS": 600,
+    "QK_GAIN_INIT": 1.5,
+    "VOCAB_SIZE": 1024,
+    "NUM_LAYERS": 9,
+    "MODEL_DIM": 512,
+    "NUM_HEADS": 8,
+    "NUM_KV_HEADS": 4,
+    "MLP_MULT": 2,
+    "TIE_EMBEDDINGS": True,
+    "ROPE_BASE": 10000,
+    "LOGIT_SOFTCAP": 30,
+    "EMBED_LR": 0.6,
+    "HEAD_LR": 0.008,
+    "TIED_EMBED_LR": 0.05,
+    "TIED_EMBED_INIT_STD": 0.005,
+    "MATRIX_LR": 0.04,
+    "SCALAR_LR": 0.04,
+    "MUON_MOMENTUM": 0.95,
+    "MUON_BACKEND_STEPS": 5,
+    "MUON_MOMENTUM_WARMUP_START": 0.85,
+    "MUON_MOMENTUM_WARMUP_STEPS": 500,
+    "BETA1": 0.9,
+    "BETA2": 0.95,
+    "ADAM_EPS": 1e-8,
+    "GRAD_CLIP_NORM": 0,
+    "TTT_LORA_RANK": 8,
+    "TTT_LORA_LR": 0.01,
+    "TTT_CHUNK_SIZE": 256,
+    "TTT_EVAL_SEQ_LEN": 1024,
+    "TTT_BATCH_SIZE": 64,
+}
 
 
 def test_baseline_is_the_published_recipe():
@@ -35,7 +67,10 @@ def test_auto_preset_follows_the_device():
 def test_explicit_variables_win_over_the_preset():
     preset = tg.PRESETS["cpu"]["num_layers"]
     assert tg.read_config({"PRESET": "cpu", "DEVICE": "cpu"}).num_layers == preset
-    assert tg.read_config({"PRESET": "cpu", "DEVICE": "cpu", "NUM_LAYERS": str(preset + 1)}).num_layers == preset + 1
+    assert (
+        tg.read_config({"PRESET": "cpu", "DEVICE": "cpu", "NUM_LAYERS": str(preset + 1)}).num_layers
+        == preset + 1
+    )
 
 
 def test_presets_only_name_settings_that_exist():
@@ -45,7 +80,12 @@ def test_presets_only_name_settings_that_exist():
 
 @pytest.mark.parametrize(("world", "accum"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 1), (16, 1)])
 def test_micro_steps_keep_the_batch_whole(world, accum):
-    env = {"PRESET": "baseline", "DEVICE": "cpu", "WORLD_SIZE": str(world), "TRAIN_BATCH_TOKENS": str(48 * 1024)}
+    env = {
+        "PRESET": "baseline",
+        "DEVICE": "cpu",
+        "WORLD_SIZE": str(world),
+        "TRAIN_BATCH_TOKENS": str(48 * 1024),
+    }
     cfg = tg.read_config(env)
     assert cfg.grad_accum_steps == accum
 
@@ -95,7 +135,10 @@ def test_bad_values_are_named_and_explained(variable, value, expected):
 def test_cpu_preset_keeps_the_order_of_tokens_on_two_ranks(world, accum):
     env = {"PRESET": "cpu", "DEVICE": "cpu", "WORLD_SIZE": str(world)}
     assert tg.read_config(env).grad_accum_steps == accum
-    assert tg.read_config(env | {"GRAD_ACCUM_STEPS": "4", "TRAIN_SEQ_LEN": "128"}).grad_accum_steps == 4
+    assert (
+        tg.read_config(env | {"GRAD_ACCUM_STEPS": "4", "TRAIN_SEQ_LEN": "128"}).grad_accum_steps
+        == 4
+    )
 
 
 def test_nearest_batch_works():
@@ -110,14 +153,22 @@ def test_arguments_are_refused(capsys):
     """Not ignored, as if `--iterations 5` had been understood."""
     assert tg.main(["--iterations", "5"]) == 1
     out, err = capsys.readouterr()
-    assert not out and re.fullmatch(r"error: command line: found '--iterations 5', expected nothing; .*\n", err)
+    assert not out and re.fullmatch(
+        r"error: command line: found '--iterations 5', expected nothing; .*\n", err
+    )
 
 
 def test_three_ranks_explain_themselves():
     """As in `torchrun --nproc_per_node=3` of a recipe for a power of two."""
-    settings = {"PRESET": "baseline", "DEVICE": "cpu", "TRAIN_BATCH_TOKENS": "4096", "TRAIN_SEQ_LEN": "128"}
+    settings = {
+        "PRESET": "baseline",
+        "DEVICE": "cpu",
+        "TRAIN_BATCH_TOKENS": "4096",
+        "TRAIN_SEQ_LEN": "128",
+    }
     with pytest.raises(tg.AgreedError) as refused:  # which rank 0 alone prints
         tg.read_config(settings | {"WORLD_SIZE": "3"})
     assert str(refused.value) == (
         "TRAIN_BATCH_TOKENS=4096: expected a multiple of 384 (world size 3 x GRAD_ACCUM_STEPS 1 x TRAIN_SEQ_LEN 128);"
-        " the nearest is 4224")  # fmt: skip
+        " the nearest is 4224"
+    )

@@ -16,9 +16,15 @@ SCORES = EXPECTED["evaluation"]["scores"]
 @pytest.fixture(scope="module")
 def artifact():
     """(model, documents, config, runtime): the published artifact as the script loads it: DTYPE is auto."""
-    env = {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE), "TRAIN_SEQ_LEN": "512",
-           "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"), "EVAL_ONLY": "1",
-           "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz")}  # fmt: skip
+    env = {
+        "PRESET": "baseline",
+        "DEVICE": "cpu",
+        "DATA_PATH": str(CONFORMANCE),
+        "TRAIN_SEQ_LEN": "512",
+        "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"),
+        "EVAL_ONLY": "1",
+        "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"),
+    }
     cfg = tg.read_config(env)
     rt = tg.Runtime(CPU, tg.choose_dtype(cfg)[0])
     cfg, weights, _, docs, _ = tg.load_inputs(cfg, rt)
@@ -34,14 +40,20 @@ def test_counts(artifact):
     assert int(docs.bytes.sum()) == 33165
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("flat", 0.0015), ("doc", 0.0005), ("stride", 0.0005), ("ttt", 0.003)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("flat", 0.0015), ("doc", 0.0005), ("stride", 0.0005), ("ttt", 0.003)]
+)
 def test_ladder(artifact, name, tolerance):
     model, docs, cfg, rt = artifact
-    tolerance += 0.0005 * (rt.dtype == torch.float32)  # published scores are of bf16, which not every CPU can multiply
+    tolerance += 0.0005 * (
+        rt.dtype == torch.float32
+    )  # published scores are of bf16, which not every CPU can multiply
     score = tg.evaluate(model, docs, tg.ladder(docs, cfg, rt)[name], cfg, rt)
     draws = SCORES["flat_seq_len_512" if name == "flat" else name]
     assert score.bpb == pytest.approx(sum(bpb for _, bpb in draws) / len(draws), abs=tolerance)
-    assert score.loss == pytest.approx(sum(loss for loss, _ in draws) / len(draws), abs=2 * tolerance)
+    assert score.loss == pytest.approx(
+        sum(loss for loss, _ in draws) / len(draws), abs=2 * tolerance
+    )
 
 
 def test_training(tmp_path, artifact):
@@ -49,11 +61,19 @@ def test_training(tmp_path, artifact):
     multiplies bf16. Elsewhere, in fp32, the first 40, which take a minute: the momentum has risen, no rate falls."""
     training = EXPECTED["training"]
     env = {name: str(value) for name, value in training["env"].items()}
-    env |= {"MODEL_PATH": str(CONFORMANCE / "init.pt"), "TRAIN_LOG_EVERY": "1", "MAX_VAL_DOCS": None}
+    env |= {
+        "MODEL_PATH": str(CONFORMANCE / "init.pt"),
+        "TRAIN_LOG_EVERY": "1",
+        "MAX_VAL_DOCS": None,
+    }
     env |= {"GRAD_ACCUM_STEPS": str(training["grad_accum"]), "EVAL": "flat"}
-    assert [env[name] for name in ("ITERATIONS", "WARMDOWN_ITERS", "MUON_MOMENTUM_WARMUP_STEPS")] == ["120", "60", "40"]
+    assert [
+        env[name] for name in ("ITERATIONS", "WARMDOWN_ITERS", "MUON_MOMENTUM_WARMUP_STEPS")
+    ] == ["120", "60", "40"]
     whole, steps = (True, 120) if artifact[3].dtype is torch.bfloat16 else (False, 40)
-    done = run_script(tmp_path, **env if whole else env | {"ITERATIONS": "40", "WARMDOWN_ITERS": "0"})
+    done = run_script(
+        tmp_path, **env if whole else env | {"ITERATIONS": "40", "WARMDOWN_ITERS": "0"}
+    )
     assert done.returncode == 0, done.stderr
     losses = [float(value) for value in re.findall(r"train_loss:([\d.]+)", done.stdout)]
     assert losses[:10] == pytest.approx(training["train_loss"][:10], abs=0.005)

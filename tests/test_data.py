@@ -35,7 +35,11 @@ def test_damaged_shards_are_refused(tmp_path, content, found):
     path.write_bytes(content)
     with pytest.raises(tg.UserError) as refused:
         tg.open_shard(path)
-    assert str(path) in str(refused.value) and found in str(refused.value) and "expected magic" in str(refused.value)
+    assert (
+        str(path) in str(refused.value)
+        and found in str(refused.value)
+        and "expected magic" in str(refused.value)
+    )
 
 
 def test_every_header_is_checked_at_once(tmp_path):
@@ -75,7 +79,10 @@ def test_micro_step_follows_the_published_layout():
     for rank in (0, 1):
         for micro, (x, y) in enumerate(micro_steps(2, rank, cfg, tokens, 3)):
             span = tokens[(2 * micro + rank) * 65 : (2 * micro + rank + 1) * 65].astype(int)
-            assert x.tolist() == span[:-1].reshape(2, 32).tolist() and y.tolist() == span[1:].reshape(2, 32).tolist()
+            assert (
+                x.tolist() == span[:-1].reshape(2, 32).tolist()
+                and y.tolist() == span[1:].reshape(2, 32).tolist()
+            )
 
 
 def test_order_of_tokens_does_not_depend_on_world_size():
@@ -104,9 +111,15 @@ def test_what_is_left_out_is_counted():
 
 def test_limit_keeps_the_closing_bos():
     stream = np.array([1, 5, 6, 1, 7, 8, 9, 1, 10])
-    docs, whole, beyond = (tg.split_documents(stream, 1, limit, tiny_table(96), CPU) for limit in (2, 0, 9))
+    docs, whole, beyond = (
+        tg.split_documents(stream, 1, limit, tiny_table(96), CPU) for limit in (2, 0, 9)
+    )
     assert (docs.short, docs.beyond) == (0, 1)
-    assert (docs.starts.tolist(), docs.predictions.tolist(), len(docs.tokens)) == ([0, 3], [3, 4], 8)
+    assert (docs.starts.tolist(), docs.predictions.tolist(), len(docs.tokens)) == (
+        [0, 3],
+        [3, 4],
+        8,
+    )
     assert whole.predictions.tolist() == beyond.predictions.tolist() == [3, 4, 1]
 
 
@@ -137,7 +150,12 @@ def test_training_ids_are_checked_to_the_last_shard(rt, tmp_path):
 def test_eval_only_needs_no_training_shards(rt, tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5] * 150)
     artifact = str(CONFORMANCE / "final_model.int8.ptz")
-    env = {"MAX_VAL_DOCS": "0", "DATA_PATH": str(tmp_path), "EVAL_ONLY": "1", "MODEL_PATH": artifact}
+    env = {
+        "MAX_VAL_DOCS": "0",
+        "DATA_PATH": str(tmp_path),
+        "EVAL_ONLY": "1",
+        "MODEL_PATH": artifact,
+    }
     assert tg.load_inputs(tg.read_config(TINY_RUN | env), rt)[2].shards == []
     with pytest.raises(tg.UserError, match="found no fineweb_train"):
         tg.load_inputs(tg.read_config(TINY_RUN | env | {"EVAL_ONLY": "0"}), rt)

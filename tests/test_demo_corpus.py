@@ -11,7 +11,9 @@ import demo_corpus
 import pytest
 
 SCRIPT = Path(demo_corpus.__file__)
-PROSE = "A sentence long enough to be worth keeping, said again in other words so that it counts. " * 3
+PROSE = (
+    "A sentence long enough to be worth keeping, said again in other words so that it counts. " * 3
+)
 TOPIC = "Help is a function of the language that its users call. " * 5
 
 
@@ -69,7 +71,9 @@ value = "an old pattern: \\d"
 
 
 def test_sources_are_never_run(tmp_path):
-    _, documents = corpus(tmp_path / "docs.jsonl", {"bomb": module(PROSE) + "raise SystemExit('imported')\n"})
+    _, documents = corpus(
+        tmp_path / "docs.jsonl", {"bomb": module(PROSE) + "raise SystemExit('imported')\n"}
+    )
     assert documents == {"help me": TOPIC, "bomb": PROSE.strip()}
 
 
@@ -93,7 +97,12 @@ def test_dropped_documents_are_counted_by_reason(tmp_path):
         },
     )
     assert documents == {"help me": TOPIC, "a_good": PROSE.strip(), "c_just_enough": "y" * limit}
-    assert facts["dropped"] == {"duplicate": 1, "short": 1, "unreadable": 4, "without_docstrings": 1}
+    assert facts["dropped"] == {
+        "duplicate": 1,
+        "short": 1,
+        "unreadable": 4,
+        "without_docstrings": 1,
+    }
 
 
 def test_facts_describe_the_file(tmp_path):
@@ -106,7 +115,9 @@ def test_facts_describe_the_file(tmp_path):
 
 
 def test_equal_runs_give_equal_bytes(tmp_path):
-    sources = {f"m{i:03}": module(f"{PROSE} {i}") for i in range(100)}  # several chunks for several processes
+    sources = {
+        f"m{i:03}": module(f"{PROSE} {i}") for i in range(100)
+    }  # several chunks for several processes
     _, documents = corpus(tmp_path / "one.jsonl", sources)
     corpus(tmp_path / "two.jsonl", sources)
     assert list(documents) == ["help me", *sources]
@@ -123,21 +134,35 @@ def test_help_topics_are_documents():
 
 def test_closure_holds_requirements_and_nothing_else():
     packages = set(demo_corpus.installed_closure(demo_corpus.ROOTS))
-    assert {"torch", "numpy", "sentencepiece", "huggingface-hub", "sympy", "jinja2", "markupsafe", "tqdm"} <= packages
+    assert {
+        "torch",
+        "numpy",
+        "sentencepiece",
+        "huggingface-hub",
+        "sympy",
+        "jinja2",
+        "markupsafe",
+        "tqdm",
+    } <= packages
     assert not packages & {"pytest", "ruff", "hypothesis", "pluggy", "pip"}
     assert not any(demo_corpus.ACCELERATOR_PACKAGE.match(name) for name in packages)
 
 
 def test_accelerator_packages_stay_out(monkeypatch):
     """A CUDA build of torch requires more than the CPU build; both must give the same corpus."""
-    requires = {"torch": ["triton==3.4; platform_system == 'Linux'", "nvidia-cublas==13.1", "sympy>=1"], "sympy": None}
+    requires = {
+        "torch": ["triton==3.4; platform_system == 'Linux'", "nvidia-cublas==13.1", "sympy>=1"],
+        "sympy": None,
+    }
     distributions = {name: SimpleNamespace(requires=wanted) for name, wanted in requires.items()}
     monkeypatch.setattr(demo_corpus.metadata, "distribution", distributions.__getitem__)
     assert list(demo_corpus.installed_closure(["torch"])) == ["sympy", "torch"]
 
 
 def test_missing_package_is_named():
-    with pytest.raises(ValueError, match=r"^no-such-thing: found no such package; expected .*pip install -r"):
+    with pytest.raises(
+        ValueError, match=r"^no-such-thing: found no such package; expected .*pip install -r"
+    ):
         demo_corpus.installed_closure(["No_Such.Thing"])
 
 
@@ -145,7 +170,13 @@ def test_standard_library_without_its_tests():
     files = dict(demo_corpus.stdlib_files())
     assert {"argparse", "json", "json.decoder", "asyncio.events"} <= set(files)
     assert not any("site-packages" in path.parts for path in files.values())
-    assert not {name.split(".")[0] for name in files} & {"test", "idlelib", "lib2to3", "pip", "torch"}
+    assert not {name.split(".")[0] for name in files} & {
+        "test",
+        "idlelib",
+        "lib2to3",
+        "pip",
+        "torch",
+    }
     assert not any({"test", "tests"} & set(name.split(".")[:-1]) for name in files)
 
 

@@ -21,7 +21,9 @@ REPO = "willdepueoai/parameter-golf"
 SHARDS = "datasets/fineweb10B_sp1024"
 VAL, TRAIN = f"{SHARDS}/fineweb_val_000000.bin", f"{SHARDS}/fineweb_train_{{:06d}}.bin"
 MODEL, VOCAB = "tokenizers/fineweb_1024_bpe.model", "tokenizers/fineweb_1024_bpe.vocab"
-CHUNK = 10 * 1024 * 1024  # the client writes in such chunks: of a broken transfer, whole chunks are kept
+CHUNK = (
+    10 * 1024 * 1024
+)  # the client writes in such chunks: of a broken transfer, whole chunks are kept
 
 
 def shard(tokens: int, seed: int) -> bytes:
@@ -33,7 +35,11 @@ def shard(tokens: int, seed: int) -> bytes:
 
 
 def manifest(**tokenizer_changes) -> bytes:
-    tokenizer = {"name": "sp_bpe_1024", "model_path": MODEL, "vocab_path": VOCAB} | tokenizer_changes
+    tokenizer = {
+        "name": "sp_bpe_1024",
+        "model_path": MODEL,
+        "vocab_path": VOCAB,
+    } | tokenizer_changes
     stats = {"files_train": 3, "files_val": 2}
     names = ("fineweb10B_sp1024", "fineweb10B_byte260")
     datasets = [{"name": name, "tokenizer_name": "sp_bpe_1024", "stats": stats} for name in names]
@@ -50,13 +56,27 @@ def hub():
         yield server
 
 
-def run(endpoint: str, out: Path, *args: str, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess:
+def run(
+    endpoint: str, out: Path, *args: str, stderr: int = subprocess.PIPE
+) -> subprocess.CompletedProcess:
     """The script in a process of its own: no proxy, and a home that would show a second copy of the data."""
     env = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(out.parent / "home"), "HF_TOKEN": "hf_test"}
     env["HF_HUB_DISABLE_TELEMETRY"] = "1"  # so that the hub sees our requests only
-    command = [sys.executable, str(SCRIPT), "--variant", "sp1024", "--train-shards", "2", "--out", str(out), *args]
-    return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--variant",
+        "sp1024",
+        "--train-shards",
+        "2",
+        "--out",
+        str(out),
+        *args,
+    ]
+    return subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60
+    )
 
 
 def refused(result: subprocess.CompletedProcess, *fragments: str) -> None:
@@ -68,13 +88,21 @@ def refused(result: subprocess.CompletedProcess, *fragments: str) -> None:
 
 
 def files_in(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file()
+    }
 
 
 def wanted(hub: HubServer, train_shards: int = 2) -> dict[str, bytes]:
     """What a complete folder holds: everything the hub has, but only the first train shards."""
     unwanted = {f"datasets/{TRAIN.format(i)}" for i in range(train_shards, 3)}
-    return {path.removeprefix("datasets/"): data for path, data in hub.files.items() if path not in unwanted}
+    return {
+        path.removeprefix("datasets/"): data
+        for path, data in hub.files.items()
+        if path not in unwanted
+    }
 
 
 def shard_bytes(hub: HubServer) -> int:
@@ -86,11 +114,17 @@ def test_the_folder_is_the_published_one_and_a_second_run_downloads_nothing(hub,
     result = run(hub.endpoint, out)
     assert (result.returncode, result.stderr) == (0, "")  # no terminal, no progress bars
     assert files_in(out) == wanted(hub)
-    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]  # no second copy in the cache
+    assert not [
+        path for path in (tmp_path / "home").rglob("*") if path.is_file()
+    ]  # no second copy in the cache
     assert {request.token for request in hub.requests} == {"Bearer hf_test"}
-    assert {request.token for request in hub.storage_requests} == {None}  # the token stays with the hub
+    assert {request.token for request in hub.storage_requests} == {
+        None
+    }  # the token stays with the hub
     first, *rest = hub.requests
-    assert "/main/" in first.path and all(COMMIT in request.path for request in rest)  # one commit for all files
+    assert "/main/" in first.path and all(
+        COMMIT in request.path for request in rest
+    )  # one commit for all files
 
     hub.bytes_sent.clear()
     again = run(hub.endpoint, out)
@@ -105,7 +139,9 @@ def test_the_folder_is_the_published_one_and_a_second_run_downloads_nothing(hub,
 def test_a_terminal_gets_progress_bars(hub, tmp_path):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (30, 100))
-    assert run(hub.endpoint, tmp_path / "data", "--train-shards", "0", stderr=theirs).returncode == 0
+    assert (
+        run(hub.endpoint, tmp_path / "data", "--train-shards", "0", stderr=theirs).returncode == 0
+    )
     assert "[3/4] fineweb_val_000000.bin: 100%" in os.read(ours, 100_000).decode()
     os.close(ours)
     os.close(theirs)
@@ -116,7 +152,10 @@ def test_a_broken_transfer_continues_where_it_stopped(hub, tmp_path):
     hub.files[path] = shard(6_000_000, seed=1)
     hub.cut[path] = CHUNK + 5
     assert run(hub.endpoint, out, "--train-shards", "0").returncode == 0
-    assert [request.range for request in hub.storage_requests if VAL in request.path] == [None, f"bytes={CHUNK}-"]
+    assert [request.range for request in hub.storage_requests if VAL in request.path] == [
+        None,
+        f"bytes={CHUNK}-",
+    ]
     assert files_in(out) == wanted(hub, train_shards=0)
 
 
@@ -127,14 +166,19 @@ def test_a_run_that_dies_leaves_no_half_shard_and_the_next_one_goes_on_from_ther
     hub.cut[path], hub.status_after_cut = CHUNK + 5, 503
     refused(run(hub.endpoint, out), name, "HTTP 503", "3 attempts")
     assert len(hub.files[path]) > (out / f"{name}.part").stat().st_size == CHUNK
-    assert files_in(out).keys() - {f"{name}.part"} == wanted(hub, train_shards=0).keys()  # the rest is whole
+    assert (
+        files_in(out).keys() - {f"{name}.part"} == wanted(hub, train_shards=0).keys()
+    )  # the rest is whole
 
     hub.status.clear()
     hub.bytes_sent.clear()
     hub.storage_requests.clear()
     assert run(hub.endpoint, out).returncode == 0
     assert files_in(out) == wanted(hub)
-    assert {path for path, count in hub.bytes_sent.items() if count} == {path, f"datasets/{TRAIN.format(1)}"}
+    assert {path for path, count in hub.bytes_sent.items() if count} == {
+        path,
+        f"datasets/{TRAIN.format(1)}",
+    }
     assert hub.storage_requests[0].range == f"bytes={CHUNK}-"
 
 
@@ -148,11 +192,15 @@ def test_a_run_that_dies_leaves_no_half_shard_and_the_next_one_goes_on_from_ther
     ],
     ids=["zero-byte shard", "truncated shard", "altered shard", "altered vocabulary"],
 )
-def test_bytes_that_are_not_those_the_hub_lists_never_get_a_final_name(hub, tmp_path, name, damage, complaint):
+def test_bytes_that_are_not_those_the_hub_lists_never_get_a_final_name(
+    hub, tmp_path, name, damage, complaint
+):
     path, out = f"datasets/{name}", tmp_path / "data"
     hub.sent_instead[path] = damage(hub.files[path])
     refused(run(hub.endpoint, out), name, complaint, "3 attempts")
-    assert not [found for found in files_in(out) if found.startswith(name)]  # not as NAME.part either
+    assert not [
+        found for found in files_in(out) if found.startswith(name)
+    ]  # not as NAME.part either
 
 
 @pytest.mark.parametrize(
@@ -183,7 +231,11 @@ def test_a_damaged_local_file_is_fetched_again_and_only_that_one(hub, tmp_path, 
     hub.bytes_sent.clear()
     assert run(hub.endpoint, out).returncode == 0
     assert files_in(out) == wanted(hub)
-    assert hub.bytes_sent.total() == hub.bytes_sent[f"datasets/{VAL}"] == len(hub.files[f"datasets/{VAL}"])
+    assert (
+        hub.bytes_sent.total()
+        == hub.bytes_sent[f"datasets/{VAL}"]
+        == len(hub.files[f"datasets/{VAL}"])
+    )
 
 
 def test_a_mistake_in_the_arguments_is_one_line_with_the_remedy(hub, tmp_path):
@@ -198,7 +250,13 @@ def test_a_mistake_in_the_arguments_is_one_line_with_the_remedy(hub, tmp_path):
 
 def test_a_manifest_cannot_choose_where_files_go(hub, tmp_path):
     """Neither out of the folder, nor over a script that lives in it."""
-    for hostile in ("../../x.model", "/tmp/x.model", "tokenizers/../x.model", "download_fineweb.py", ""):
+    for hostile in (
+        "../../x.model",
+        "/tmp/x.model",
+        "tokenizers/../x.model",
+        "download_fineweb.py",
+        "",
+    ):
         with pytest.raises(ValueError, match=re.escape(repr(hostile))):
             files_of_variant(json.loads(manifest(vocab_path=hostile)), "sp1024", 1)
 
@@ -214,7 +272,9 @@ def test_a_manifest_of_another_kind_is_one_line(hub, tmp_path, text):
     refused(run(hub.endpoint, tmp_path / "data"), "manifest.json")
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "HF_TOKEN"), (404, "manifest.json"), (503, "manifest.json")])
+@pytest.mark.parametrize(
+    ("status", "hint"), [(401, "HF_TOKEN"), (404, "manifest.json"), (503, "manifest.json")]
+)
 def test_a_hub_that_refuses_is_one_line(hub, tmp_path, status, hint):
     hub.status["datasets/manifest.json"] = status
     refused(run(hub.endpoint, tmp_path / "data"), f"HTTP {status}", hint)
@@ -233,7 +293,9 @@ def test_a_shard_that_the_hub_lacks_is_named_before_anything_is_fetched(hub, tmp
 
 def test_an_unreachable_hub_is_one_line_soon(tmp_path):
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused, and nobody else gets the port
+        closed.bind(
+            ("127.0.0.1", 0)
+        )  # bound but not listening: connections are refused, and nobody else gets the port
         start, endpoint = time.monotonic(), f"http://127.0.0.1:{closed.getsockname()[1]}"
         refused(run(endpoint, tmp_path / "data"), endpoint)
     assert time.monotonic() - start < 30

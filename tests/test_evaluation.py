@@ -58,7 +58,9 @@ def brute_force(length, chunk, window):
 
 @pytest.mark.parametrize(("chunk", "window"), [(C, W), (W, W), (C, C), (1, 5)])
 @pytest.mark.parametrize("stream", [False, True])
-def test_each_position_is_scored_once_in_its_window(rt, recorded, monkeypatch, chunk, window, stream):
+def test_each_position_is_scored_once_in_its_window(
+    rt, recorded, monkeypatch, chunk, window, stream
+):
     """All lengths side by side; tokens are their own positions, so a gathered window shows where it came from."""
     docs = tiny_documents(LENGTHS)
     docs = replace(docs, tokens=torch.arange(len(docs.tokens), dtype=torch.int32))
@@ -72,7 +74,10 @@ def test_each_position_is_scored_once_in_its_window(rt, recorded, monkeypatch, c
             columns = (part[row][live] for part in (at, positions, targets))
             for place, position, target in zip(*columns, strict=True):
                 context = ids[row][: place + 1].tolist()
-                assert context == list(range(context[0], context[-1] + 1)) and int(target) == context[-1] + 1
+                assert (
+                    context == list(range(context[0], context[-1] + 1))
+                    and int(target) == context[-1] + 1
+                )
                 assert int(position) == context[-1]
                 document = int(np.searchsorted(docs.starts, context[-1], side="right")) - 1
                 inside = context[-1] - docs.starts[document]
@@ -84,7 +89,9 @@ def test_each_position_is_scored_once_in_its_window(rt, recorded, monkeypatch, c
         assert seen == [brute_force(n + 1, chunk, window) for n in docs.predictions]
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, [2] * 30, [600, *range(2, 40)], [40] * 9, list(range(2, 90))])
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, [2] * 30, [600, *range(2, 40)], [40] * 9, list(range(2, 90))]
+)
 @pytest.mark.parametrize("learn", [False, True])
 def test_hardly_a_position_is_computed_in_vain(rt, lengths, learn):
     """Work against what the windows need, whatever the lengths."""
@@ -105,7 +112,10 @@ def test_a_stream_runs_each_token_once(rt):
     docs = tiny_documents(LENGTHS)
     result = stream_score(tiny_model(cfg, rt), docs, cfg, rt)
     assert result.computed == sum(math.ceil(n / C) * C for n in docs.predictions)
-    assert tiny_condition(cfg, stream=True).work(docs.predictions).tolist() == docs.predictions.tolist()
+    assert (
+        tiny_condition(cfg, stream=True).work(docs.predictions).tolist()
+        == docs.predictions.tolist()
+    )
 
 
 def test_seats_are_filled_longest_first_and_never_idle():
@@ -113,12 +123,19 @@ def test_seats_are_filled_longest_first_and_never_idle():
     chunks = np.array([3, 20, 1, 5, 5, 2, 4])
     turns = list(tg.plan_seats(np.arange(7), chunks, 3))
     assert len(turns) == 20  # the longest document, from the first turn to the last
-    assert [len(documents) for documents, _ in turns] == sorted((len(d) for d, _ in turns), reverse=True)
+    assert [len(documents) for documents, _ in turns] == sorted(
+        (len(d) for d, _ in turns), reverse=True
+    )
     assert sorted((d, n) for turn in turns for d, n in zip(*turn, strict=True)) == [
-        (d, n) for d in range(7) for n in range(chunks[d])]  # fmt: skip
-    assert all(numbers[0] == turn and documents[0] == 1 for turn, (documents, numbers) in enumerate(turns))
+        (d, n) for d in range(7) for n in range(chunks[d])
+    ]
+    assert all(
+        numbers[0] == turn and documents[0] == 1 for turn, (documents, numbers) in enumerate(turns)
+    )
     for (before, last), (after, number) in itertools.pairwise(turns):
-        for seat in range(len(after)):  # a document goes on where it was, or the next one begins at its beginning
+        for seat in range(
+            len(after)
+        ):  # a document goes on where it was, or the next one begins at its beginning
             same = before[seat] == after[seat]
             assert number[seat] == (last[seat] + 1 if same else 0)
             assert same or last[seat] == chunks[before[seat]] - 1
@@ -136,7 +153,9 @@ def reference(model, docs, cfg, rt, chunk, window, learn):
     for start, n in zip(docs.starts, docs.predictions, strict=True):
         fresh = start_values.pairs(start_values.flat)
         pairs = {name: tuple(t.clone().requires_grad_() for t in ab) for name, ab in fresh.items()}
-        adam = torch.optim.Adam([t for ab in pairs.values() for t in ab], cfg.ttt_lora_lr, (0.9, 0.95), 1e-10)
+        adam = torch.optim.Adam(
+            [t for ab in pairs.values() for t in ab], cfg.ttt_lora_lr, (0.9, 0.95), 1e-10
+        )
         for c in range(-(-n // chunk)):
             end = min((c + 1) * chunk, n)
             begin = max(0, end - window)
@@ -161,7 +180,9 @@ def test_batched_evaluation_equals_one_document_at_a_time(rt, learn, tied):
     assert result.totals[1] == tokens
     assert result.totals[0] == pytest.approx(nats, rel=2e-6)
     if learn:
-        assert abs(result.totals[0] - score(model, docs, cfg, rt, learn=False).totals[0]) > 5e-5 * nats
+        assert (
+            abs(result.totals[0] - score(model, docs, cfg, rt, learn=False).totals[0]) > 5e-5 * nats
+        )
 
 
 def test_learning_rate_zero_equals_no_adapters(rt):
@@ -210,7 +231,9 @@ def test_ranks_together_give_the_same_score(rt, world, evaluate):
 
     whole = None
     for rank in range(world):
-        with pytest.raises(tg.AgreedError, match="audit coverage"):  # a share alone is not the whole
+        with pytest.raises(
+            tg.AgreedError, match="audit coverage"
+        ):  # a share alone is not the whole
             evaluate(model, docs, cfg, Ranked(rt.device, rt.dtype, rank=rank, world=world))
     whole = sum(parts)
     together = evaluate(model, docs, cfg, Ranked(rt.device, rt.dtype, rank=0, world=world))
@@ -236,7 +259,9 @@ def scores_by_position(model, docs, cfg, rt, stream):
     ledger, _ = tg.fill_ledger(model, docs, tiny_condition(cfg, stream=stream), cfg, rt)
     losses, times = ledger.numpy()
     assert (times == 1).all()
-    return [losses[start : start + n] for start, n in zip(docs.starts, docs.predictions, strict=True)]
+    return [
+        losses[start : start + n] for start, n in zip(docs.starts, docs.predictions, strict=True)
+    ]
 
 
 @pytest.fixture(params=[False, True], ids=["windows", "stream"])
@@ -315,11 +340,16 @@ def banded_losses(model, docs, window):
         """Stands in for a memory: absolute positions, and a mask in place of a past."""
 
         def __init__(self, n):
-            self.n, self.rope = n, tg.rope_tables(torch.arange(n), model.blocks[0].head_dim, 10000.0)
+            self.n, self.rope = (
+                n,
+                tg.rope_tables(torch.arange(n), model.blocks[0].head_dim, 10000.0),
+            )
 
         def attend(self, layer, q, k, v):
             mask = bias[: self.n, : self.n]
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=True
+            )
 
     for start, n in zip(docs.starts, docs.predictions, strict=True):
         span = stream[start : start + n + 1][None]
@@ -344,7 +374,11 @@ def test_a_stream_that_learns_nothing_is_one_banded_pass(rt, chunk, batch):
 def test_positions_far_out_lose_no_precision(rt, now, began):
     """Far into a document, and for one that sits down late, scores are what they are at the start, rotations fp64's."""
     cfg = tiny_config()
-    model, docs, how = tiny_model(cfg, rt), tiny_documents([150]), tiny_condition(cfg, learn=False, stream=True)
+    model, docs, how = (
+        tiny_model(cfg, rt),
+        tiny_documents([150]),
+        tiny_condition(cfg, learn=False, stream=True),
+    )
     model = tg.frozen(model)
     memory = tg.Memory(model, how, 1, rt)
     memory.now = began
@@ -353,14 +387,20 @@ def test_positions_far_out_lose_no_precision(rt, now, began):
     losses = []
     for c in range(18):
         place = np.array([c * C])
-        batch = tg.gather_chunk(docs.tokens, docs.starts, docs.predictions - place, place, C, how, rt)
+        batch = tg.gather_chunk(
+            docs.tokens, docs.starts, docs.predictions - place, place, C, how, rt
+        )
         losses.append(tg.score_then_learn(model, batch, slice(1), None, memory, False)[0])
         frequencies = 10000.0 ** -(torch.arange(4).double() / 4)
-        exact = torch.outer(torch.arange(now - began + c * C, now - began + (c + 1) * C).double(), frequencies)
+        exact = torch.outer(
+            torch.arange(now - began + c * C, now - began + (c + 1) * C).double(), frequencies
+        )
         for ours, expected in zip(memory.rope, (exact.cos(), exact.sin()), strict=True):
             torch.testing.assert_close(ours[0, 0, :, :4].double(), expected, atol=1e-7, rtol=0)
     assert memory.now == now + 18 * C
-    first = 0 if now == began else cfg.num_layers * W  # else the past is no text, which three layers see so far
+    first = (
+        0 if now == began else cfg.num_layers * W
+    )  # else the past is no text, which three layers see so far
     expected = banded_losses(model, docs, W)[first : 18 * C]
     torch.testing.assert_close(torch.cat(losses)[first:], expected, atol=1e-5, rtol=0)
 
@@ -374,7 +414,9 @@ def test_a_memory_does_not_grow(rt, monkeypatch):
         halves = [half for layer in self.past for half in layer]
         assert {tuple(half.shape) for half in halves} == {((seats or [3])[-1], 2, W, 8)}
         seats.append(rows.stop)
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in (*halves, self.bias, *self.rope)))
+        sizes.append(
+            sum(tensor.untyped_storage().nbytes() for tensor in (*halves, self.bias, *self.rope))
+        )
 
     monkeypatch.setattr(tg.Memory, "turn", weigh)
     stream_score(tiny_model(cfg, rt), tiny_documents([30, 3000, 70]), cfg, rt)
@@ -390,7 +432,10 @@ def test_flat_scores_whole_rows_of_the_stream(rt, val_batch_size):
     cfg = tiny_config(val_batch_size=val_batch_size)
     model, docs = tiny_model(cfg, rt), tiny_documents([150, 90])
     stream = docs.tokens.long()
-    nats = sum(model(stream[None, r : r + 32], stream[None, r + 1 : r + 33]).sum().item() for r in range(0, 224, 32))
+    nats = sum(
+        model(stream[None, r : r + 32], stream[None, r + 1 : r + 33]).sum().item()
+        for r in range(0, 224, 32)
+    )
     count = int(tiny_table(96).count(stream[:224].numpy(), stream[1:225].numpy()).sum())
     assert flat_score(model, docs, cfg, rt).totals == (pytest.approx(nats, rel=1e-6), 224, count)
 
@@ -410,26 +455,38 @@ def test_the_ladder_is_the_record_s():
     stream = {"ttt_stream_targets": ("fc",), "ttt_stream_lr": 0.5, "ttt_stream_rank": 5}
     docs, cfg = tiny_documents([5000]), tg.Config(grad_accum_steps=8, ttt_batch_size=13, **stream)
     rungs = tg.ladder(docs, cfg, tg.Runtime(docs.tokens.device, torch.float32))
-    shapes = {name: (how.chunk, how.window, how.stream, how.isolated) for name, how in rungs.items()}
+    shapes = {
+        name: (how.chunk, how.window, how.stream, how.isolated) for name, how in rungs.items()
+    }
     assert shapes == {
-        "flat": (1024, 1024, False, False), "doc": (1024, 1024, False, True),
-        "stride": (256, 1024, False, True), "ttt": (256, 1024, False, True),
-        "stream_fast": (128, 1024, True, True), "stream": (64, 1024, True, True),
-    }  # fmt: skip
-    lessons = {name: (how.targets, how.rank, how.lr, how.betas, how.spread, how.decay)
-               for name, how in rungs.items() if how.targets}  # fmt: skip
+        "flat": (1024, 1024, False, False),
+        "doc": (1024, 1024, False, True),
+        "stride": (256, 1024, False, True),
+        "ttt": (256, 1024, False, True),
+        "stream_fast": (128, 1024, True, True),
+        "stream": (64, 1024, True, True),
+    }
+    lessons = {
+        name: (how.targets, how.rank, how.lr, how.betas, how.spread, how.decay)
+        for name, how in rungs.items()
+        if how.targets
+    }
     assert lessons == {
         "ttt": (("c_q", "c_v", "lm_head"), 8, 0.01, (0.9, 0.95), 1.0, 0.0),
         "stream_fast": (("fc",), 5, 0.5 * math.sqrt(2), (0.0, 0.99), 4.0, 0.2),
         "stream": (("fc",), 5, 0.5, (0.0, 0.99), 4.0, 0.2),
-    }  # fmt: skip
-    assert {name: how.batch for name, how in rungs.items() if name != "flat"} == dict.fromkeys(list(rungs)[1:], 13)
+    }
+    assert {name: how.batch for name, how in rungs.items() if name != "flat"} == dict.fromkeys(
+        list(rungs)[1:], 13
+    )
 
 
 def with_lead(lengths):
     """Documents after five tokens that belong to none, and a BOS at the very end."""
     rng = np.random.default_rng(3)
-    stream = np.concatenate([[5, 6, 7, 8, 9], *(np.append(1, rng.integers(4, 96, n - 1)) for n in lengths), [1]])
+    stream = np.concatenate(
+        [[5, 6, 7, 8, 9], *(np.append(1, rng.integers(4, 96, n - 1)) for n in lengths), [1]]
+    )
     return tg.split_documents(stream, 1, 0, tiny_table(96), torch.device("cpu"))
 
 
@@ -452,13 +509,22 @@ def test_columns_add_up_chunk_by_chunk(rt, name):
                 expected.append((d, c, edge - start, int(times[part].sum()), size, nats))
     result = tg.Score.tally(ledger, docs, how, C)
     assert list(result.columns) == ["doc", "chunk", "start", "tokens", "bytes", "loss_nats"]
-    assert list(zip(*(column.tolist() for column in result.columns.values()), strict=True)) == expected
+    assert (
+        list(zip(*(column.tolist() for column in result.columns.values()), strict=True)) == expected
+    )
     covered = len(docs.tokens) - 1 - 5 if name != "flat" else (len(docs.tokens) - 1) // 32 * 32
     assert result.totals[1] == covered and (expected[0][0] == -1) == (name == "flat")
 
 
-@pytest.mark.parametrize(("row", "value", "found"), [(1, 0, "scored 0 times"), (1, 2, "scored 2 times"),
-                                                     (0, math.nan, "loss nan"), (0, math.inf, "loss inf")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "value", "found"),
+    [
+        (1, 0, "scored 0 times"),
+        (1, 2, "scored 2 times"),
+        (0, math.nan, "loss nan"),
+        (0, math.inf, "loss inf"),
+    ],
+)
 @pytest.mark.parametrize("position", [5, 40, -1])
 def test_coverage_refuses_what_is_not_scored_once(rt, row, value, found, position):
     docs, how = with_lead([20, 30]), tg.Condition(C, W, 4)
@@ -466,7 +532,9 @@ def test_coverage_refuses_what_is_not_scored_once(rt, row, value, found, positio
     ledger[:, :5] = 0  # before the first BOS
     tg.Score.tally(ledger, docs, how, C)
     ledger[row, position] = value
-    with pytest.raises(tg.AgreedError, match=rf"audit coverage: position {position % ledger.shape[1]}: .*{found}"):
+    with pytest.raises(
+        tg.AgreedError, match=rf"audit coverage: position {position % ledger.shape[1]}: .*{found}"
+    ):
         tg.Score.tally(ledger, docs, how, C)
 
 
@@ -479,7 +547,10 @@ def test_coverage_refuses_a_score_before_the_first_document(rt):
 def test_scores_file_adds_up_to_the_totals(rt, tmp_path):
     cfg = tiny_config()
     model, docs = tiny_model(cfg, rt), tiny_documents(LENGTHS)
-    scores = {name: tg.evaluate(model, docs, how, cfg, rt) for name, how in tg.ladder(docs, cfg, rt).items()}
+    scores = {
+        name: tg.evaluate(model, docs, how, cfg, rt)
+        for name, how in tg.ladder(docs, cfg, rt).items()
+    }
     tg.write_scores(tmp_path / "scores.csv", scores, rt)
     with (tmp_path / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -487,12 +558,19 @@ def test_scores_file_adds_up_to_the_totals(rt, tmp_path):
     for name, result in scores.items():
         mine = [row for row in rows if row["condition"] == name]
         nats = math.fsum(float(row["loss_nats"]) for row in mine)
-        assert (nats, *(sum(int(row[key]) for row in mine) for key in ("tokens", "bytes"))) == result.totals
+        assert (
+            nats,
+            *(sum(int(row[key]) for row in mine) for key in ("tokens", "bytes")),
+        ) == result.totals
         assert len({(row["doc"], row["chunk"]) for row in mine}) == len(mine)
 
 
 def test_bits_per_byte_divides_bits_by_bytes():
-    columns = {"tokens": np.array([2, 3]), "bytes": np.array([5, 3]), "loss_nats": np.array([4, 8]) * math.log(2)}
+    columns = {
+        "tokens": np.array([2, 3]),
+        "bytes": np.array([5, 3]),
+        "loss_nats": np.array([4, 8]) * math.log(2),
+    }
     result = tg.Score(columns)
     assert (result.loss, result.bpb) == (pytest.approx(math.log(2) * 12 / 5), pytest.approx(1.5))
     assert str(result) == "val_loss:1.6636 val_bpb:1.5000"
@@ -509,8 +587,12 @@ def test_a_score_over_no_bytes_is_refused(rt):
 
 def test_totals_are_rounded_once():
     """Sums in any order, and those of whoever adds the file up exactly, are the printed totals."""
-    nats = np.random.default_rng(0).random(10_001) * 10.0 ** np.random.default_rng(1).integers(-8, 8, 10_001)
+    nats = np.random.default_rng(0).random(10_001) * 10.0 ** np.random.default_rng(1).integers(
+        -8, 8, 10_001
+    )
     ones = np.ones(len(nats), dtype=np.int64)
-    totals = [tg.Score({"tokens": ones, "bytes": ones, "loss_nats": n}).totals for n in (nats, nats[::-1])]
+    totals = [
+        tg.Score({"tokens": ones, "bytes": ones, "loss_nats": n}).totals for n in (nats, nats[::-1])
+    ]
     assert totals[0] == totals[1] == (math.fsum(nats), len(nats), len(nats))
     assert float(nats.sum()) != math.fsum(nats)

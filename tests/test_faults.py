@@ -23,7 +23,13 @@ from conftest import CONFORMANCE, TINY_RUN, invocation, script_behind, write_sha
 
 import train_gpt as tg
 
-TERM, INT, KILL, STOP, CONT = signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
+TERM, INT, KILL, STOP, CONT = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGKILL,
+    signal.SIGSTOP,
+    signal.SIGCONT,
+)
 LONG = 600  # seconds that nothing here takes, on a slow machine either
 
 # 40 short steps, then two evaluations of half a second or more in which documents end all the time.
@@ -49,7 +55,11 @@ BRIEF = {"EVAL": "flat", "SCORES_PATH": None}  # where the evaluation does not m
 AUTO = {"RESUME": "auto"}
 TWO = {"ranks": 2, "GRAD_ACCUM_STEPS": "1"}  # the same tokens in the same order as one rank
 ENDLESS = {"ITERATIONS": "1000000"}
-DATA = {"train": "fineweb_train_000000.bin", "val": "fineweb_val_000000.bin", "tokenizer": "tokenizer.model"}
+DATA = {
+    "train": "fineweb_train_000000.bin",
+    "val": "fineweb_val_000000.bin",
+    "tokenizer": "tokenizer.model",
+}
 ARTIFACTS = ("final_model.pt", "final_model.int8.ptz")
 
 
@@ -62,7 +72,9 @@ class Program:
         command, env = invocation(out, ranks, **RUN | settings | dict([self.mark.split("=")]))
         out.mkdir(parents=True, exist_ok=True)
         self.folder, self.files = out, [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
-        self.process = subprocess.Popen(command, env=env, cwd=out, stdout=self.files[0], stderr=self.files[1])
+        self.process = subprocess.Popen(
+            command, env=env, cwd=out, stdout=self.files[0], stderr=self.files[1]
+        )
         if limit:
             self.limit(limit)
 
@@ -84,7 +96,9 @@ class Program:
 
     out = property(lambda self: self.read(0))
     err = property(lambda self: self.read(1))
-    log = property(lambda self: (self.folder / "logs" / "test.txt").read_text().rpartition("started:")[2])
+    log = property(
+        lambda self: (self.folder / "logs" / "test.txt").read_text().rpartition("started:")[2]
+    )
 
     def family(self):
         """{process id: its RANK, None for torchrun} of all living processes of this program."""
@@ -95,12 +109,18 @@ class Program:
             except OSError:  # it has ended, or belongs to somebody else
                 continue
             if self.mark in lines:
-                found[int(path.parent.name)] = next((line[5:] for line in lines if line.startswith("RANK=")), None)
+                found[int(path.parent.name)] = next(
+                    (line[5:] for line in lines if line.startswith("RANK=")), None
+                )
         return found
 
     def rank(self, number):
         """The process id of a rank, a child of torchrun."""
-        return next(pid for pid, rank in self.family().items() if rank == str(number) and parent(pid) == self.pid)
+        return next(
+            pid
+            for pid, rank in self.family().items()
+            if rank == str(number) and parent(pid) == self.pid
+        )
 
     pid = property(lambda self: self.process.pid)
 
@@ -156,7 +176,9 @@ def run(out, status=0, **settings):
 
 def losses(*programs):
     """{step: train_loss} of all lines that the programs have printed; none may contradict another."""
-    lines = [re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", program.out, re.M) for program in programs]
+    lines = [
+        re.findall(r"^step:(\d+)/\d+ train_loss:(\S+)", program.out, re.M) for program in programs
+    ]
     lines = {line for found in lines for line in found}
     assert len(lines) == len(dict(lines))
     return {int(step): loss for step, loss in lines}
@@ -164,21 +186,33 @@ def losses(*programs):
 
 def scores(program):
     """All digits of the final lines, without times and the positions that were computed."""
-    final = re.findall(r"^(?:ladder condition:|final_\w+|step:\d+/\d+ (?=val)).*", program.out, re.M)
+    final = re.findall(
+        r"^(?:ladder condition:|final_\w+|step:\d+/\d+ (?=val)).*", program.out, re.M
+    )
     return [re.sub(r" (?:eval|train)_time:.*", "", line) for line in final]
 
 
 def seconds(base, name):
     """How long this machine takes for the evaluation of a condition."""
-    return int(re.search(rf"^ladder condition:{name} .* eval_time:(\d+)ms$", base.out, re.M)[1]) / 1000
+    return (
+        int(re.search(rf"^ladder condition:{name} .* eval_time:(\d+)ms$", base.out, re.M)[1]) / 1000
+    )
 
 
-SHARES = (0.5, 0.3, 0.8, 0.15, 1.2)  # of an evaluation's seconds: this machine may be faster or slower than it was
+SHARES = (
+    0.5,
+    0.3,
+    0.8,
+    0.15,
+    1.2,
+)  # of an evaluation's seconds: this machine may be faster or slower than it was
 
 
 def finished(folder, name):
     """Whether the unfinished evaluation of a condition has kept a document."""
-    return any(len(tg.load_state(path)["at"]) for path in parts(folder) if path.name.startswith(name))
+    return any(
+        len(tg.load_state(path)["at"]) for path in parts(folder) if path.name.startswith(name)
+    )
 
 
 def cut_short(out, base, trained):
@@ -199,7 +233,11 @@ def positions(program, name):
 
 def content(folder, *names):
     """{path: bytes} of some files, or of all, under a folder."""
-    paths = [folder / name for name in names] if names else [path for path in folder.rglob("*") if path.is_file()]
+    paths = (
+        [folder / name for name in names]
+        if names
+        else [path for path in folder.rglob("*") if path.is_file()]
+    )
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -231,7 +269,9 @@ def same_end(program, base, brief):
     assert scores(program) == scores(base)[: 4 if brief else None]
     names = ARTIFACTS if brief else (*ARTIFACTS, "scores.csv")
     assert content(program.folder, *names) == content(base.folder, *names)
-    assert checkpoints(program.folder)[-1] == checkpoints(base.folder)[-1] and not parts(program.folder)
+    assert checkpoints(program.folder)[-1] == checkpoints(base.folder)[-1] and not parts(
+        program.folder
+    )
     assert not list(program.folder.rglob("*.tmp"))
 
 
@@ -241,7 +281,9 @@ def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(5)
     for name in DATA.values():
         shutil.copy(CONFORMANCE / name, folder / name)
-    tokens = [token for token in tg.open_shard(CONFORMANCE / DATA["val"])[:4000].tolist() if token != 1]
+    tokens = [
+        token for token in tg.open_shard(CONFORMANCE / DATA["val"])[:4000].tolist() if token != 1
+    ]
     ends = itertools.accumulate(iter(lambda: rng.randint(20, 150), 0))
     ends = [0, *itertools.takewhile(lambda end: end < len(tokens), ends), len(tokens)]
     documents = [[1, *tokens[begin:end]] for begin, end in itertools.pairwise(ends)]
@@ -287,7 +329,13 @@ MOMENTS = {
     "stream": (r"audit causality: condition:stream", 0.2, [101]),
     "scores": (r".test~scores.csv.", 0.001, [111]),
 }
-EARLY = ("loading", "training", "late training", "first checkpoint", "checkpoint")  # the artifact says all that follows
+EARLY = (
+    "loading",
+    "training",
+    "late training",
+    "first checkpoint",
+    "checkpoint",
+)  # the artifact says all that follows
 UNMET = []  # cases in which this machine was too fast to be met while writing
 KILLS = [f"{name}-{seed}" for name, (_, _, seeds) in MOMENTS.items() for seed in seeds]
 
@@ -305,7 +353,10 @@ def killed(out, awaited, delay, settings):
             folder.mkdir(exist_ok=True)
 
             def writing():
-                return any(name.startswith(awaited) and name.endswith(".tmp") for name in os.listdir(folder))
+                return any(
+                    name.startswith(awaited) and name.endswith(".tmp")
+                    for name in os.listdir(folder)
+                )
 
             def halted():
                 with contextlib.suppress(FileNotFoundError):  # it has ended
@@ -341,11 +392,17 @@ def kill_and_go_on(base, folder, case):
 @pytest.fixture(scope="module", autouse=True)
 def killer(request, tmp_path_factory):
     """case -> its outcome: a thread runs the cases from the last on, beside the other tests, which take one core."""
-    cases = [item.callspec.params["case"] for item in request.session.items if "killed_at_any" in item.name]
+    cases = [
+        item.callspec.params["case"]
+        for item in request.session.items
+        if "killed_at_any" in item.name
+    ]
     folders = {case: tmp_path_factory.mktemp("kill") for case in cases}
     base = request.getfixturevalue("base") if cases else None
     pool = ThreadPoolExecutor(1)
-    ahead = {case: pool.submit(kill_and_go_on, base, folders[case], case) for case in reversed(cases)}
+    ahead = {
+        case: pool.submit(kill_and_go_on, base, folders[case], case) for case in reversed(cases)
+    }
 
     def outcome(case):
         if ahead[case].cancel():  # not begun: done here
@@ -374,12 +431,16 @@ def test_auto_takes_the_newest_by_time(tmp_path, base):
     out = continued(base, tmp_path, step(35), step(40))
     os.utime(out / step(40), ns=(0, 0))
     done = run(out, **AUTO, **BRIEF)
-    resumed = re.search(rf"^resume:{re.escape(str(out / step(35)))} step:35/40 train_time:(\d+)ms$", done.out, re.M)
+    resumed = re.search(
+        rf"^resume:{re.escape(str(out / step(35)))} step:35/40 train_time:(\d+)ms$", done.out, re.M
+    )
     assert resumed and losses(done) == {n: loss for n, loss in losses(base).items() if n > 35}
     assert content(out, *ARTIFACTS) == content(base.folder, *ARTIFACTS)
     times = [int(ms) for ms in re.findall(r"train_loss:\S+ train_time:(\d+)ms", done.out)]
     before = re.search(r"^step:35/40 train_loss:\S+ train_time:(\d+)ms", base.out, re.M)[1]
-    assert int(before) == int(resumed[1]) < times[0] and times == sorted(times)  # the clock goes on, too
+    assert int(before) == int(resumed[1]) < times[0] and times == sorted(
+        times
+    )  # the clock goes on, too
 
 
 def test_auto_takes_its_own_before_another_runs(tmp_path, base):
@@ -411,7 +472,9 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, base, harm):
     (out / step(40)).write_bytes(blob[: len(blob) // 2] if harm == "cut" else blob)
     if harm == "cut":
         refused = run(out, 1, **BRIEF | {"RUN_ID": "other", "RESUME": str(out / step(40))})
-        assert re.fullmatch(rf"error: .*{re.escape(step(40))}.*\n", refused.err) and not losses(refused)
+        assert re.fullmatch(rf"error: .*{re.escape(step(40))}.*\n", refused.err) and not losses(
+            refused
+        )
     done = run(out, **AUTO, **BRIEF)
     assert re.search(rf"^warning: skipped .*{re.escape(step(40))}", done.out, re.M)
     assert re.search(rf"^resume:\S*{re.escape(step(35))} step:35/40 ", done.out, re.M)
@@ -436,22 +499,36 @@ def other_data(data, folder, name):
     return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / DATA["tokenizer"])}
 
 
-@pytest.mark.parametrize("names", [("MATRIX_LR", "train"), ("SEED", "val"), ("ITERATIONS", "tokenizer")])
+@pytest.mark.parametrize(
+    "names", [("MATRIX_LR", "train"), ("SEED", "val"), ("ITERATIONS", "tokenizer")]
+)
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, base, data, names):
     """Other settings or data, two at once: the line names both and nothing else; nothing is trained or written."""
     out = continued(base, tmp_path / "out", step(40))
     changed = {"MATRIX_LR": "0.05", "SEED": "5", "ITERATIONS": "41"}[names[0]]
     how = AUTO if names[0] == "SEED" else {"RESUME": str(out / step(40))}
-    done = run(out, 1, **how, **BRIEF, **{names[0]: changed}, **other_data(data, tmp_path / "data", names[1]))
+    done = run(
+        out,
+        1,
+        **how,
+        **BRIEF,
+        **{names[0]: changed},
+        **other_data(data, tmp_path / "data", names[1]),
+    )
     assert re.fullmatch(r"error: .*\n", done.err)
-    assert set(re.findall(r"([\w.]+)=", done.err)) == {names[0], DATA[names[1]].removesuffix(".model")}, done.err
+    assert set(re.findall(r"([\w.]+)=", done.err)) == {
+        names[0],
+        DATA[names[1]].removesuffix(".model"),
+    }, done.err
     assert content(out, step(40)) == content(base.folder, step(40)) and not losses(done)
     assert not list(out.glob("final_model*"))
 
 
 def same_losses_from_35_on(program, base):
     """Up to the order of sums, which another number of ranks changes."""
-    found, expected = ({n: float(loss) for n, loss in losses(p).items() if n > 35} for p in (program, base))
+    found, expected = (
+        {n: float(loss) for n, loss in losses(p).items() if n > 35} for p in (program, base)
+    )
     assert found == pytest.approx(expected, abs=3e-4)
 
 
@@ -464,7 +541,9 @@ def test_another_world_size_goes_on(tmp_path, base):
     assert re.search(rf"^resume:\S*out0/{re.escape(step(35))} step:35/40 ", done.out, re.M)
     same_losses_from_35_on(done, base)
     assert "world_size:2" in done.out and not checkpoints(tmp_path / "out1")
-    found, expected = (tg.load_state(folder / step(40))["tensors"] for folder in (tmp_path / "out0", base.folder))
+    found, expected = (
+        tg.load_state(folder / step(40))["tensors"] for folder in (tmp_path / "out0", base.folder)
+    )
     for name, tensor in expected.items():  # the optimizers' as well, half of them the second rank's
         assert (found[name] - tensor).abs().max() <= 0.02 * tensor.abs().max(), name
 
@@ -491,7 +570,9 @@ def test_a_signal_in_training_stops_after_the_step(tmp_path, base, number):
     last = max(losses(first))
     line = rf"stopped by {number.name}: after step {last} of 40.*RESUME=auto.*\n"
     assert re.fullmatch(line, first.err) and first.log.endswith(first.err)
-    assert checkpoints(tmp_path) == [f"test.step{last:09d}.pt"] and not list(tmp_path.glob("final_model*"))
+    assert checkpoints(tmp_path) == [f"test.step{last:09d}.pt"] and not list(
+        tmp_path.glob("final_model*")
+    )
     if number == TERM:  # from the other the way on is the same
         done = run(tmp_path, **AUTO, **BRIEF)
         assert f"step:{last}/40" in re.search("^resume:.*", done.out, re.M)[0]
@@ -511,18 +592,28 @@ def test_a_signal_in_evaluation_keeps_what_is_done(tmp_path, base, trained, name
             code = first.process.wait(LONG)
         if code == 75 and finished(tmp_path, name):
             break
-    assert code == 75 and re.fullmatch(r"stopped by SIGTERM: .*\n", first.err) and first.log.endswith(first.err)
+    assert (
+        code == 75
+        and re.fullmatch(r"stopped by SIGTERM: .*\n", first.err)
+        and first.log.endswith(first.err)
+    )
     assert finished(tmp_path, name) and not (tmp_path / "scores.csv").exists()
     done = run(tmp_path, **trained)
     assert scores(done) == scores(base)[1:]  # the first line is of the training
-    assert content(tmp_path, "scores.csv") == content(base.folder, "scores.csv") and not parts(tmp_path)
+    assert content(tmp_path, "scores.csv") == content(base.folder, "scores.csv") and not parts(
+        tmp_path
+    )
     assert positions(done, name) < positions(base, name)
 
 
 @pytest.mark.parametrize(("one", "two"), [(TERM, TERM), (INT, TERM)])
 def test_a_second_signal_ends_the_process_at_once(tmp_path, one, two):
     """In the middle of a step that would take minutes."""
-    settings = {"TRAIN_BATCH_TOKENS": str(128 * 20000), "GRAD_ACCUM_STEPS": "20000", "WARMUP_STEPS": "0"}
+    settings = {
+        "TRAIN_BATCH_TOKENS": str(128 * 20000),
+        "GRAD_ACCUM_STEPS": "20000",
+        "WARMUP_STEPS": "0",
+    }
     with Program(tmp_path, **settings) as program:
         program.line("model_params:")
         time.sleep(0.3)
@@ -562,14 +653,22 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(tmp_path):
 
 def test_a_rank_that_has_nothing_left_to_score_hears_signals(tmp_path, trained):
     """One document for two ranks: the second waits, and is not taken for dead."""
-    long = {"MAX_VAL_DOCS": "4", "DATA_PATH": str(CONFORMANCE), "EVAL": "stream", "TTT_STREAM_CHUNK": "1"}
+    long = {
+        "MAX_VAL_DOCS": "4",
+        "DATA_PATH": str(CONFORMANCE),
+        "EVAL": "stream",
+        "TTT_STREAM_CHUNK": "1",
+    }
     with Program(tmp_path, **TWO, **trained | long | {"TTT_BATCH_SIZE": "1"}) as first:
         first.line("audit causality: condition:stream")
         time.sleep(1)
         first.kill(TERM)
         first.end(None)
     assert "stopped by SIGTERM: rank 0: what is finished is kept" in first.log
-    assert "stopped by SIGTERM: rank 1: what is finished is kept" in first.log and "error:" not in first.log
+    assert (
+        "stopped by SIGTERM: rank 1: what is finished is kept" in first.log
+        and "error:" not in first.log
+    )
 
 
 @pytest.mark.parametrize("addressee", ["torchrun", 1])
@@ -579,11 +678,15 @@ def test_a_signal_stops_two_ranks_after_the_same_step(tmp_path, base2, addressee
         first.line("step:5/")
         first.kill(TERM, first.pid if addressee == "torchrun" else first.rank(addressee))
         first.end(None)
-    stops = re.findall(r"^stopped by SIGTERM: (?:rank \d: )?after step (\d+) of 40", first.err, re.M)
+    stops = re.findall(
+        r"^stopped by SIGTERM: (?:rank \d: )?after step (\d+) of 40", first.err, re.M
+    )
     last = max(losses(first))
     assert stops and set(stops) == {str(last)} and 'train_gpt.py", line' not in first.err
     assert checkpoints(tmp_path) == [f"test.step{last:09d}.pt"]
-    assert re.search(rf"^stopped by SIGTERM: .*after step {last} of 40.*RESUME=auto", first.log, re.M)
+    assert re.search(
+        rf"^stopped by SIGTERM: .*after step {last} of 40.*RESUME=auto", first.log, re.M
+    )
     if addressee == "torchrun":
         done = run(tmp_path, **AUTO, **TWO, **BRIEF)
         assert losses(first, done) == losses(base2) and min(losses(done)) == last + 1
@@ -616,15 +719,25 @@ def test_an_evaluation_saves_its_documents_every_few_seconds(tmp_path, base, tra
 def test_an_evaluation_out_of_time_says_so_and_can_go_on(tmp_path, base, trained):
     first = cut_short(tmp_path, base, trained)
     for name in ("ttt", "stream"):
-        coverage = re.search(rf"^audit coverage: condition:{name} .* out_of_time:(\d+) PASS partial$", first.out, re.M)
+        coverage = re.search(
+            rf"^audit coverage: condition:{name} .* out_of_time:(\d+) PASS partial$",
+            first.out,
+            re.M,
+        )
         targets, scored = re.search(r"targets:(\d+) scored_once:(\d+) ", coverage[0]).groups()
         assert int(coverage[1]) + int(scored) == int(targets) and int(scored) > 0
-        assert re.search(rf"^ladder condition:{name} .* tokens:{scored} .* partial$", first.out, re.M)
+        assert re.search(
+            rf"^ladder condition:{name} .* tokens:{scored} .* partial$", first.out, re.M
+        )
         assert re.search(rf"^final_int8_ttt_(?:lora|{name}) .* partial$", first.out, re.M)
     assert not re.search(r"condition:flat .*(?:partial|out_of_time)", first.out) and parts(tmp_path)
     done = run(tmp_path, **trained, EVAL_MAX_SECONDS="100")
-    assert scores(done) == scores(base)[1:] and not re.search("partial$|out_of_time:", done.out, re.M)
-    assert content(tmp_path, "scores.csv") == content(base.folder, "scores.csv") and not parts(tmp_path)
+    assert scores(done) == scores(base)[1:] and not re.search(
+        "partial$|out_of_time:", done.out, re.M
+    )
+    assert content(tmp_path, "scores.csv") == content(base.folder, "scores.csv") and not parts(
+        tmp_path
+    )
     for name in ("ttt", "stream"):
         assert positions(done, name) < positions(base, name)
 
@@ -654,8 +767,12 @@ def test_damaged_parts_of_an_evaluation_are_scored_again(tmp_path, base, trained
 # ---- Ranks that are lost ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("moment", "rank"), [("step:12/", 1), ("audit causality: condition:ttt", 0)])
-def test_torchrun_restarts_and_the_run_ends_as_if_nothing_had_happened(tmp_path, base2, moment, rank):
+@pytest.mark.parametrize(
+    ("moment", "rank"), [("step:12/", 1), ("audit causality: condition:ttt", 0)]
+)
+def test_torchrun_restarts_and_the_run_ends_as_if_nothing_had_happened(
+    tmp_path, base2, moment, rank
+):
     """One rank is killed, in training and in evaluation; the logs of both attempts are there."""
     late = "audit" in moment
     out, settings = (continued(base2, tmp_path, step(40)), {}) if late else (tmp_path, BRIEF)
@@ -665,11 +782,18 @@ def test_torchrun_restarts_and_the_run_ends_as_if_nothing_had_happened(tmp_path,
         program.kill(KILL, program.rank(rank))
         program.end()
     assert len(re.findall("^resume:.* step:[1-9]", program.out, re.M)) == 1 + late
-    again = re.findall(r"^(?:ladder condition:|final_\w+|step:\d+/\d+ (?=val)).*", program.log, re.M)
-    assert [re.sub(r" (?:eval|train)_time:.*", "", line) for line in again] == scores(base2)[: None if late else 4]
+    again = re.findall(
+        r"^(?:ladder condition:|final_\w+|step:\d+/\d+ (?=val)).*", program.log, re.M
+    )
+    assert [re.sub(r" (?:eval|train)_time:.*", "", line) for line in again] == scores(base2)[
+        : None if late else 4
+    ]
     assert late or losses(program) == losses(base2)
     names = (*ARTIFACTS, "scores.csv") if late else ARTIFACTS
-    assert content(tmp_path, *names) == content(base2.folder, *names) and (tmp_path / "logs" / "test.1.txt").exists()
+    assert (
+        content(tmp_path, *names) == content(base2.folder, *names)
+        and (tmp_path / "logs" / "test.1.txt").exists()
+    )
     assert not parts(tmp_path)
 
 
@@ -685,7 +809,9 @@ def test_a_killed_rank_ends_the_others(tmp_path, base2, moment):
         began = time.monotonic()
         program.end(None)
         assert time.monotonic() - began < 60 and not program.family()
-    assert re.search(r"^error: no word from rank 1: rank 0: .*RESUME=auto", program.log, re.M), program.log[-2000:]
+    assert re.search(r"^error: no word from rank 1: rank 0: .*RESUME=auto", program.log, re.M), (
+        program.log[-2000:]
+    )
 
 
 def test_a_hanging_rank_is_given_up(tmp_path):
@@ -696,7 +822,9 @@ def test_a_hanging_rank_is_given_up(tmp_path):
         program.until(lambda: first not in program.family())
         program.kill(KILL, second)  # torchrun takes 30 s to do so
         program.end(None)
-    assert re.search(r"^error: no word from rank 1: rank 0: .*RESUME=auto", program.log, re.M), program.log[-2000:]
+    assert re.search(r"^error: no word from rank 1: rank 0: .*RESUME=auto", program.log, re.M), (
+        program.log[-2000:]
+    )
 
 
 # ---- Logs ------------------------------------------------------------------------------------------------------------
@@ -733,7 +861,10 @@ def refused_write(program, name):
 
 def test_no_room_for_the_head_of_the_log(tmp_path, base, trained):
     settings = trained | {"EVAL": "flat", "RUN_ID": "new", "SCORES_PATH": None}
-    folder, names = continued(base, tmp_path, *ARTIFACTS, "logs/test.txt"), (*ARTIFACTS, "logs/test.txt")
+    folder, names = (
+        continued(base, tmp_path, *ARTIFACTS, "logs/test.txt"),
+        (*ARTIFACTS, "logs/test.txt"),
+    )
     refused_write(run(folder, 1, **settings, limit=50_000), "logs/new.txt")
     assert content(folder, *names) == content(base.folder, *names)
 
@@ -754,9 +885,17 @@ def test_no_room_for_more_of_the_log_ends_no_training(tmp_path, base):
 def test_a_reader_that_leaves_ends_no_training(tmp_path, base):
     """As in `python train_gpt.py | head -n 3`."""
     command, env = invocation(tmp_path, **RUN | BRIEF)
-    piped = subprocess.run(f"{shlex.join(command)} | head -n 3", shell=True, env=env, capture_output=True, text=True,
-                           timeout=LONG)  # fmt: skip
-    assert len(piped.stdout.splitlines()) == 3 and piped.stderr.startswith("warning: standard output: Broken pipe; ")
+    piped = subprocess.run(
+        f"{shlex.join(command)} | head -n 3",
+        shell=True,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+    )
+    assert len(piped.stdout.splitlines()) == 3 and piped.stderr.startswith(
+        "warning: standard output: Broken pipe; "
+    )
     assert content(tmp_path, *ARTIFACTS) == content(base.folder, *ARTIFACTS)
     assert (tmp_path / "logs" / "test.txt").read_text().count("/40 train_loss:") == 40
 
@@ -766,8 +905,14 @@ def test_no_room_for_a_checkpoint(tmp_path, base):
     out = continued(base, tmp_path, step(35))
     done = run(out, **AUTO, **BRIEF, CHECKPOINT_EVERY="2", limit=700_000)
     warned = re.findall(r"^warning: .*without this save.*", done.out, re.M)
-    assert len(warned) == 4 and all("test.step" in line for line in warned), done.out  # 36, 38, 40 and the end
-    assert done.err == "" and checkpoints(out) == ["test.step000000035.pt"] and not list(out.rglob(".*"))
+    assert len(warned) == 4 and all("test.step" in line for line in warned), (
+        done.out
+    )  # 36, 38, 40 and the end
+    assert (
+        done.err == ""
+        and checkpoints(out) == ["test.step000000035.pt"]
+        and not list(out.rglob(".*"))
+    )
     assert losses(done) == {n: loss for n, loss in losses(base).items() if n > 35}
     names = (*ARTIFACTS, step(35))
     assert content(out, *names) == content(base.folder, *names)
@@ -798,7 +943,10 @@ def test_no_room_for_the_artifact(tmp_path, base):
         before.pop(step(40))  # written again, with a clock a little later
 
         def weights_written(out=out):
-            found = [path.stat().st_size for path in (*out.glob(".*~final_model.pt.*"), *out.glob("final_model.pt"))]
+            found = [
+                path.stat().st_size
+                for path in (*out.glob(".*~final_model.pt.*"), *out.glob("final_model.pt"))
+            ]
             return found == [size]
 
         with Program(out, **AUTO) as program:
@@ -817,7 +965,12 @@ def test_no_room_for_the_artifact(tmp_path, base):
 
 def test_no_room_for_the_scores(tmp_path, base, trained):
     before = earlier(continued(base, tmp_path, "logs/test.txt"), "scores.csv")
-    done = run(tmp_path, 1, **trained | {"EVAL": "flat,doc", "TTT_CHUNK_SIZE": "1", "RUN_ID": "new"}, limit=200_000)
+    done = run(
+        tmp_path,
+        1,
+        **trained | {"EVAL": "flat,doc", "TTT_CHUNK_SIZE": "1", "RUN_ID": "new"},
+        limit=200_000,
+    )
     refused_write(done, "scores.csv")
     assert content(tmp_path, *before) == before
     assert re.search("^ladder condition:flat ", done.out, re.M)  # the score itself is not lost
@@ -839,19 +992,26 @@ def test_killed_at_any_moment_the_run_can_go_on(base, killer, case):
     """Nothing is half written, and the next attempt ends as the uninterrupted run did, to the last bit."""
     first, left, done = killer(case)
     whole = content(base.folder)
-    known = r"logs/test\.txt|(.*/)?\.[^/]+\.tmp|checkpoints/(test\.step\d{9}\.pt|[a-z]+-[\w.]+\.part)"
+    known = (
+        r"logs/test\.txt|(.*/)?\.[^/]+\.tmp|checkpoints/(test\.step\d{9}\.pt|[a-z]+-[\w.]+\.part)"
+    )
     for name in left.keys() - whole.keys():
         assert re.fullmatch(known, name)  # whether a checkpoint is whole, the next attempt says
     for name in left.keys() & {*ARTIFACTS, "scores.csv"}:
         assert left[name] == whole[name], name
     assert "warning: skipped" not in done.out and done.err == ""
-    last = max([int(name[-10:-3]) for name in left if name.startswith("checkpoints/test.step")], default=0)
+    last = max(
+        [int(name[-10:-3]) for name in left if name.startswith("checkpoints/test.step")], default=0
+    )
     resumed = re.search(r"^resume:.* step:(\d+)/40 |^resume: found no checkpoint", done.out, re.M)
     assert int(resumed[1] or 0) == last >= max(losses(first), default=0) // 5 * 5 - 5
     assert losses(done).keys() == set(range(last + 1, 41))
     assert losses(first, done).items() <= losses(base).items()
     same_end(done, base, case.rpartition("-")[0] in EARLY)
-    assert checkpoints(done.folder)[-1] == "test.step000000040.pt" and len(checkpoints(done.folder)) <= 2
+    assert (
+        checkpoints(done.folder)[-1] == "test.step000000040.pt"
+        and len(checkpoints(done.folder)) <= 2
+    )
 
 
 def test_most_kills_have_met_their_moment():

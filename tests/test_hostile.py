@@ -60,7 +60,13 @@ def good_content():
 def new_trainer(path=""):
     """A training of a small model that has not begun, to go on from the checkpoint at the path."""
     cfg, rt = tiny_config(resume=str(path), seed=7), tg.Runtime(CPU, torch.float32)
-    return tg.Trainer(tiny_model(cfg, rt), tg.TokenStream([np.arange(999) % 96]), cfg, rt, {"tokenizer": "ab" * 32})
+    return tg.Trainer(
+        tiny_model(cfg, rt),
+        tg.TokenStream([np.arange(999) % 96]),
+        cfg,
+        rt,
+        {"tokenizer": "ab" * 32},
+    )
 
 
 def good_checkpoint():
@@ -68,7 +74,12 @@ def good_checkpoint():
     trainer = new_trainer()
     tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
     counts = (2, 1.5, 512)
-    return {"identity": trainer.identity, "tensors": tensors, "rng": torch.get_rng_state(), "counts": counts}
+    return {
+        "identity": trainer.identity,
+        "tensors": tensors,
+        "rng": torch.get_rng_state(),
+        "counts": counts,
+    }
 
 
 GOOD = {"ptz": good_content, "pt": good_state, "state": good_checkpoint}
@@ -152,7 +163,9 @@ def tensor(size, stride, numel, kind=torch.FloatStorage):
 
 def doubled(times, value=None, join=lambda a: [a, a]):
     """A few bytes that stand for 2 ** times values."""
-    return functools.reduce(lambda inner, _: join(inner), range(times), {} if value is None else value)
+    return functools.reduce(
+        lambda inner, _: join(inner), range(times), {} if value is None else value
+    )
 
 
 def zipped(content, storages=None, protocol=2):
@@ -181,8 +194,18 @@ def rezipped(blob, change, compression=zipfile.ZIP_STORED):
 
 NAN, INF = float("nan"), float("inf")
 BREAKS = "a\nerror: b\r\x1b[2Jc"
-EMB, FC, GAIN, Q = "tok_emb.weight", "blocks.0.mlp.fc.weight", "blocks.0.attn.q_gain", "blocks.0.attn.c_q.weight"
-WEIGHT, MUON, ADAM, STEP = "model.blocks.0.mlp.fc.weight", "Muon.0.buffer", "Adam.0.exp_avg", "Adam.0.step"
+EMB, FC, GAIN, Q = (
+    "tok_emb.weight",
+    "blocks.0.mlp.fc.weight",
+    "blocks.0.attn.q_gain",
+    "blocks.0.attn.c_q.weight",
+)
+WEIGHT, MUON, ADAM, STEP = (
+    "model.blocks.0.mlp.fc.weight",
+    "Muon.0.buffer",
+    "Adam.0.exp_avg",
+    "Adam.0.step",
+)
 
 
 def put(part, name, value):
@@ -208,102 +231,232 @@ def without(*path):
 
 def to(key, value):
     """A change of a dict: another value, or value(what was there)."""
-    return lambda content: content.update({key: value(content.get(key)) if callable(value) else value})
+    return lambda content: content.update(
+        {key: value(content.get(key)) if callable(value) else value}
+    )
 
 
 def strange_names(where=None):
     """Changes that add an entry under a name that is none, at content[where] or in the content itself."""
-    names = {"a number": 5, "None": None, "a tuple": ("a", "b"), "line breaks": BREAKS, "half a pair": "a\ud800",
-             "no end": "a" * 100_000}  # fmt: skip
-    made = {what: put(where, name, torch.ones(1)) if where else to(name, torch.ones(1)) for what, name in names.items()}
+    names = {
+        "a number": 5,
+        "None": None,
+        "a tuple": ("a", "b"),
+        "line breaks": BREAKS,
+        "half a pair": "a\ud800",
+        "no end": "a" * 100_000,
+    }
+    made = {
+        what: put(where, name, torch.ones(1)) if where else to(name, torch.ones(1))
+        for what, name in names.items()
+    }
     return {f"name of {what}": change for what, change in made.items()}
 
 
 STRANGE_TENSORS = {
-    "sparse": lambda t: t.float().to_sparse(), "sparse csr": lambda t: t.float().reshape(-1, 1).to_sparse_csr(),
-    "meta": lambda t: t.to("meta"), "qint8": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "sparse": lambda t: t.float().to_sparse(),
+    "sparse csr": lambda t: t.float().reshape(-1, 1).to_sparse_csr(),
+    "meta": lambda t: t.to("meta"),
+    "qint8": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     "nested": lambda t: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "complex": lambda t: t.to(torch.complex64), "int64": lambda t: t.long(), "float64": lambda t: t.double(),
-    "bool": lambda t: t.bool(), "float8": lambda t: t.float().to(torch.float8_e4m3fn), "text": lambda t: "text",
-    "none": lambda t: None, "list": lambda t: t.tolist(), "NaN": lambda t: torch.full_like(t.float(), NAN),
-    "inf": lambda t: torch.full_like(t.float(), INF), "cut": lambda t: t[1:], "flat": lambda t: t.flatten()[None, None],
-    "no elements": lambda t: t[:0], "number": lambda t: torch.tensor(1.0),
-    "repeated": lambda t: torch.ones(1).expand(10**9), "repeated rows": lambda t: torch.ones(1).expand(10**5, 10**5),
-}  # fmt: skip
-CHANGES = {"ptz": {
-    "unknown format": to("__quant_format__", "int4_clean_per_row_v1"),
-    "format of another type": to("__quant_format__", ["int8_clean_per_row_v1"]),
-    "format with line breaks": to("__quant_format__", "int8\nerror: all is well\x1b[2J"),
-    "format without end": to("__quant_format__", "x" * 10**6), "no format": without("__quant_format__"),
-    **{f"no {part}": without(part) for part in ("quantized", "scales", "passthrough", "dtypes")},
-    **{f"{part} is a list": to(part, []) for part in ("quantized", "scales", "passthrough")},
-    **{f"{part} is None": to(part, None) for part in ("quantized", "scales", "passthrough", "dtypes")},
-    **{f"dtype {name!r}": put("dtypes", FC, name)
-       for name in ("__class__", "nn", "int64", "float64", "int8", "load", "", None, 5, ["float32"], "float32\n")},
-    **{f"passthrough dtype {name!r}": put("passthrough_orig_dtypes", Q, name)
-       for name in ("__class__", "nn", "int64", "float64", 5, ["float32"])},
-    "quantised without dtype": without("dtypes", FC), "quantised without scale": without("scales", FC),
-    "scale of nothing": put("scales", "nothing", torch.ones(3)),
-    "twice": lambda c: c["passthrough"].update({FC: torch.ones(64, 32)}),
-    "missing in both": lambda c: [c[part].pop(FC) for part in ("quantized", "scales", "dtypes")],
-    "missing passthrough": without("passthrough", Q),
-    "extra passthrough": put("passthrough", "surprise", torch.ones(1)),
-    "extra quantised": lambda c: [c["quantized"].update(x=torch.ones(2, 2, dtype=torch.int8)),
-                                  c["scales"].update(x=torch.ones(2)), c["dtypes"].update(x="float32")],
-    "no tensors at all": lambda c: [c[part].clear() for part in ("quantized", "scales", "dtypes", "passthrough")],
-    "NaN in one scale": put("scales", FC, lambda s: s.index_fill(0, torch.tensor([7]), NAN)),
-    "inf in one scale": put("scales", FC, lambda s: s.index_fill(0, torch.tensor([7]), INF)),
-    "-inf in one scale": put("scales", FC, lambda s: s.index_fill(0, torch.tensor([7]), -INF)),
-    "scale that overflows": put("scales", FC, lambda s: torch.full(s.shape, 3e38)),
-    "scale of int8": put("scales", FC, lambda s: torch.ones(s.shape, dtype=torch.int8)),
-    "scale too short": put("scales", FC, lambda s: s[1:]), "scale of one": put("scales", FC, lambda s: s[:1]),
-    "scale of columns": put("scales", FC, lambda s: torch.ones(32)),
-    "scale of two dimensions": put("scales", FC, lambda s: s[:, None]),
-    **{f"quantised {name}": put("quantized", FC, lambda q, name=name: q.to(getattr(torch, name)))
-       for name in ("uint8", "int16", "float32", "bool")},
-    "NaN in passthrough": put("passthrough", Q, lambda t: t.index_fill(0, torch.tensor([3]), NAN)),
-    **{f"passthrough {name}": put("passthrough", Q, change) for name, change in STRANGE_TENSORS.items()},
-    **{f"quantised {name} instead": put("quantized", FC, STRANGE_TENSORS[name]) for name in (
-        "sparse", "meta", "qint8", "nested", "text", "none", "flat", "number", "repeated", "repeated rows")},
-    **{f"scale {name} instead": put("scales", FC, STRANGE_TENSORS[name]) for name in (
-        "sparse", "meta", "qint8", "nested", "text", "none", "complex", "repeated")},
-    **strange_names("passthrough"),
-    "block without a number": put("passthrough", "blocks.", torch.ones(1)),
-    "heads of nothing": put("passthrough", GAIN, torch.ones(0)),
-}, "pt": {
-    "is a list": lambda s: list(s.values()), "is a tensor": lambda s: s[EMB], "is a number": lambda s: 5,
-    "is empty": lambda s: {}, "missing": without(FC), "missing embedding": without(EMB),
-    "extra": to("surprise", torch.ones(1)),
-    **{f"{name} in place of a matrix": to(FC, change) for name, change in STRANGE_TENSORS.items()},
-    **{f"{name} in place of the embedding": to(EMB, change) for name, change in STRANGE_TENSORS.items()
-       if name not in ("cut", "no elements")},  # another vocabulary, which the tokenizer is held against
-    **{f"{name} in place of the gains": to(GAIN, change) for name, change in STRANGE_TENSORS.items()
-       if name not in ("flat", "sparse csr", "NaN")},
-    "one storage under many names": lambda s: s | {f"x{i}": s[FC].view(-1) for i in range(1000)},
-    "5000 blocks": lambda s: s | {f"blocks.{i}.x": torch.ones(1) for i in range(5000)},
-    **strange_names(),
-}, "state": {
-    "is a list": lambda s: [1, 2], "is a tensor": lambda s: torch.ones(3), "is empty": lambda s: {},
-    **{f"no {key}": without(key) for key in ("identity", "tensors", "rng", "counts")},
-    **{f"{key} is {value!r}": to(key, value) for key in ("identity", "tensors", "rng", "counts")
-       for value in (None, 5, "text", [], [1, 2, 3, 4])},
-    "no weight": without("tensors", WEIGHT), "no momentum": without("tensors", MUON),
-    "an extra tensor": put("tensors", "model.surprise", torch.ones(1)),
-    **{f"{name} in place of {what}": put("tensors", what, change) for name, change in STRANGE_TENSORS.items()
-       for what in (WEIGHT, MUON, ADAM, STEP) if name not in ("NaN", "inf") and (what, name) not in (
-           (STEP, "cut"), (STEP, "sparse csr"), (STEP, "no elements"), (STEP, "number"))},
-    "random state of garbage": put("rng", slice(None), 255), "random state cut short": to("rng", lambda t: t[:100]),
-    "random state of floats": to("rng", lambda t: t.float()),
-    **{f"counts {counts}": to("counts", counts) for counts in (
-        (-(10**30), 1.5, 512), (10**30, 1.5, 512), (NAN, 1.5, 512), (INF, 1.5, 512), (2, NAN, 512), (2, -1e300, 512),
-        (2, INF, 512), (2, 1.5, -1), (2, 1.5, 10**30), (2, 1.5, NAN), ("2", 1.5, 512), (None, 1.5, 512), (2, 1.5),
-        (2, 1.5, 512, 4), (2, torch.ones(2), 512), (2, [1], 512))},
-    "other settings": put("identity", "SEED", "7\n\x1b[2J" + "x" * 10_000),
-    "settings that are numbers": put("identity", "SEED", 7),
-    "settings that are tensors": put("identity", "SEED", torch.ones(3)), "a setting less": without("identity", "SEED"),
-    "many more settings": lambda s: s["identity"].update({f"A{i}": "x" * 100 for i in range(1000)}),
-    "a setting without a name": put("identity", None, "7"), "a setting with line breaks": put("identity", BREAKS, "7"),
-}}  # fmt: skip
+    "complex": lambda t: t.to(torch.complex64),
+    "int64": lambda t: t.long(),
+    "float64": lambda t: t.double(),
+    "bool": lambda t: t.bool(),
+    "float8": lambda t: t.float().to(torch.float8_e4m3fn),
+    "text": lambda t: "text",
+    "none": lambda t: None,
+    "list": lambda t: t.tolist(),
+    "NaN": lambda t: torch.full_like(t.float(), NAN),
+    "inf": lambda t: torch.full_like(t.float(), INF),
+    "cut": lambda t: t[1:],
+    "flat": lambda t: t.flatten()[None, None],
+    "no elements": lambda t: t[:0],
+    "number": lambda t: torch.tensor(1.0),
+    "repeated": lambda t: torch.ones(1).expand(10**9),
+    "repeated rows": lambda t: torch.ones(1).expand(10**5, 10**5),
+}
+CHANGES = {
+    "ptz": {
+        "unknown format": to("__quant_format__", "int4_clean_per_row_v1"),
+        "format of another type": to("__quant_format__", ["int8_clean_per_row_v1"]),
+        "format with line breaks": to("__quant_format__", "int8\nerror: all is well\x1b[2J"),
+        "format without end": to("__quant_format__", "x" * 10**6),
+        "no format": without("__quant_format__"),
+        **{
+            f"no {part}": without(part) for part in ("quantized", "scales", "passthrough", "dtypes")
+        },
+        **{f"{part} is a list": to(part, []) for part in ("quantized", "scales", "passthrough")},
+        **{
+            f"{part} is None": to(part, None)
+            for part in ("quantized", "scales", "passthrough", "dtypes")
+        },
+        **{
+            f"dtype {name!r}": put("dtypes", FC, name)
+            for name in (
+                "__class__",
+                "nn",
+                "int64",
+                "float64",
+                "int8",
+                "load",
+                "",
+                None,
+                5,
+                ["float32"],
+                "float32\n",
+            )
+        },
+        **{
+            f"passthrough dtype {name!r}": put("passthrough_orig_dtypes", Q, name)
+            for name in ("__class__", "nn", "int64", "float64", 5, ["float32"])
+        },
+        "quantised without dtype": without("dtypes", FC),
+        "quantised without scale": without("scales", FC),
+        "scale of nothing": put("scales", "nothing", torch.ones(3)),
+        "twice": lambda c: c["passthrough"].update({FC: torch.ones(64, 32)}),
+        "missing in both": lambda c: [
+            c[part].pop(FC) for part in ("quantized", "scales", "dtypes")
+        ],
+        "missing passthrough": without("passthrough", Q),
+        "extra passthrough": put("passthrough", "surprise", torch.ones(1)),
+        "extra quantised": lambda c: [
+            c["quantized"].update(x=torch.ones(2, 2, dtype=torch.int8)),
+            c["scales"].update(x=torch.ones(2)),
+            c["dtypes"].update(x="float32"),
+        ],
+        "no tensors at all": lambda c: [
+            c[part].clear() for part in ("quantized", "scales", "dtypes", "passthrough")
+        ],
+        "NaN in one scale": put("scales", FC, lambda s: s.index_fill(0, torch.tensor([7]), NAN)),
+        "inf in one scale": put("scales", FC, lambda s: s.index_fill(0, torch.tensor([7]), INF)),
+        "-inf in one scale": put("scales", FC, lambda s: s.index_fill(0, torch.tensor([7]), -INF)),
+        "scale that overflows": put("scales", FC, lambda s: torch.full(s.shape, 3e38)),
+        "scale of int8": put("scales", FC, lambda s: torch.ones(s.shape, dtype=torch.int8)),
+        "scale too short": put("scales", FC, lambda s: s[1:]),
+        "scale of one": put("scales", FC, lambda s: s[:1]),
+        "scale of columns": put("scales", FC, lambda s: torch.ones(32)),
+        "scale of two dimensions": put("scales", FC, lambda s: s[:, None]),
+        **{
+            f"quantised {name}": put(
+                "quantized", FC, lambda q, name=name: q.to(getattr(torch, name))
+            )
+            for name in ("uint8", "int16", "float32", "bool")
+        },
+        "NaN in passthrough": put(
+            "passthrough", Q, lambda t: t.index_fill(0, torch.tensor([3]), NAN)
+        ),
+        **{
+            f"passthrough {name}": put("passthrough", Q, change)
+            for name, change in STRANGE_TENSORS.items()
+        },
+        **{
+            f"quantised {name} instead": put("quantized", FC, STRANGE_TENSORS[name])
+            for name in (
+                "sparse",
+                "meta",
+                "qint8",
+                "nested",
+                "text",
+                "none",
+                "flat",
+                "number",
+                "repeated",
+                "repeated rows",
+            )
+        },
+        **{
+            f"scale {name} instead": put("scales", FC, STRANGE_TENSORS[name])
+            for name in ("sparse", "meta", "qint8", "nested", "text", "none", "complex", "repeated")
+        },
+        **strange_names("passthrough"),
+        "block without a number": put("passthrough", "blocks.", torch.ones(1)),
+        "heads of nothing": put("passthrough", GAIN, torch.ones(0)),
+    },
+    "pt": {
+        "is a list": lambda s: list(s.values()),
+        "is a tensor": lambda s: s[EMB],
+        "is a number": lambda s: 5,
+        "is empty": lambda s: {},
+        "missing": without(FC),
+        "missing embedding": without(EMB),
+        "extra": to("surprise", torch.ones(1)),
+        **{
+            f"{name} in place of a matrix": to(FC, change)
+            for name, change in STRANGE_TENSORS.items()
+        },
+        **{
+            f"{name} in place of the embedding": to(EMB, change)
+            for name, change in STRANGE_TENSORS.items()
+            if name not in ("cut", "no elements")
+        },  # another vocabulary, which the tokenizer is held against
+        **{
+            f"{name} in place of the gains": to(GAIN, change)
+            for name, change in STRANGE_TENSORS.items()
+            if name not in ("flat", "sparse csr", "NaN")
+        },
+        "one storage under many names": lambda s: (
+            s | {f"x{i}": s[FC].view(-1) for i in range(1000)}
+        ),
+        "5000 blocks": lambda s: s | {f"blocks.{i}.x": torch.ones(1) for i in range(5000)},
+        **strange_names(),
+    },
+    "state": {
+        "is a list": lambda s: [1, 2],
+        "is a tensor": lambda s: torch.ones(3),
+        "is empty": lambda s: {},
+        **{f"no {key}": without(key) for key in ("identity", "tensors", "rng", "counts")},
+        **{
+            f"{key} is {value!r}": to(key, value)
+            for key in ("identity", "tensors", "rng", "counts")
+            for value in (None, 5, "text", [], [1, 2, 3, 4])
+        },
+        "no weight": without("tensors", WEIGHT),
+        "no momentum": without("tensors", MUON),
+        "an extra tensor": put("tensors", "model.surprise", torch.ones(1)),
+        **{
+            f"{name} in place of {what}": put("tensors", what, change)
+            for name, change in STRANGE_TENSORS.items()
+            for what in (WEIGHT, MUON, ADAM, STEP)
+            if name not in ("NaN", "inf")
+            and (what, name)
+            not in ((STEP, "cut"), (STEP, "sparse csr"), (STEP, "no elements"), (STEP, "number"))
+        },
+        "random state of garbage": put("rng", slice(None), 255),
+        "random state cut short": to("rng", lambda t: t[:100]),
+        "random state of floats": to("rng", lambda t: t.float()),
+        **{
+            f"counts {counts}": to("counts", counts)
+            for counts in (
+                (-(10**30), 1.5, 512),
+                (10**30, 1.5, 512),
+                (NAN, 1.5, 512),
+                (INF, 1.5, 512),
+                (2, NAN, 512),
+                (2, -1e300, 512),
+                (2, INF, 512),
+                (2, 1.5, -1),
+                (2, 1.5, 10**30),
+                (2, 1.5, NAN),
+                ("2", 1.5, 512),
+                (None, 1.5, 512),
+                (2, 1.5),
+                (2, 1.5, 512, 4),
+                (2, torch.ones(2), 512),
+                (2, [1], 512),
+            )
+        },
+        "other settings": put("identity", "SEED", "7\n\x1b[2J" + "x" * 10_000),
+        "settings that are numbers": put("identity", "SEED", 7),
+        "settings that are tensors": put("identity", "SEED", torch.ones(3)),
+        "a setting less": without("identity", "SEED"),
+        "many more settings": lambda s: s["identity"].update(
+            {f"A{i}": "x" * 100 for i in range(1000)}
+        ),
+        "a setting without a name": put("identity", None, "7"),
+        "a setting with line breaks": put("identity", BREAKS, "7"),
+    },
+}
 
 
 def changed(content, change):
@@ -322,7 +475,10 @@ def nothing_runs(tmp_path, monkeypatch):
 
 def test_what_is_damaged_here_is_good_before(tmp_path):
     for kind, make_good in GOOD.items():
-        for name, blob in (("good", saved(make_good())), ("again", rezipped(saved(make_good()), dict))):
+        for name, blob in (
+            ("good", saved(make_good())),
+            ("again", rezipped(saved(make_good()), dict)),
+        ):
             (tmp_path / f"{name}.{kind}").write_bytes(in_form(kind, blob))
             use(tmp_path / f"{name}.{kind}")
     (tmp_path / "hand.pt").write_bytes(zipped({"w": tensor((2, 3), (3, 1), 6)}, bytes(24)))
@@ -333,8 +489,12 @@ def test_what_is_damaged_here_is_good_before(tmp_path):
 def test_what_is_not_ours_is_refused(kind, tmp_path):
     names = {f"{number_}.{kind}": name for number_, name in enumerate(CHANGES[kind])}
     for path, name in names.items():
-        (tmp_path / path).write_bytes(in_form(kind, saved(changed(GOOD[kind](), CHANGES[kind][name]))))
-    assert not {names[path]: wrong for path, wrong in not_refused(map(tmp_path.joinpath, names)).items()}
+        (tmp_path / path).write_bytes(
+            in_form(kind, saved(changed(GOOD[kind](), CHANGES[kind][name])))
+        )
+    assert not {
+        names[path]: wrong for path, wrong in not_refused(map(tmp_path.joinpath, names)).items()
+    }
 
 
 @pytest.mark.parametrize("name", [WEIGHT, MUON, ADAM])
@@ -358,9 +518,17 @@ def code_everywhere():
     for good in (good_content(), good_checkpoint()):
         for part in good:
             yield from (good | {part: inside} for inside in (run, {"w": run}, {run: torch.ones(1)}))
-    for function, argument in ((eval, "open('executed', 'w')"), (exec, "open('executed', 'w')"), (open, "executed"),
-                               (__import__, "antigravity"), (getattr, "x"), (torch.load, "x"), (print, "x"),
-                               (subprocess.getoutput, "touch executed"), (torch.hub.load, "x")):  # fmt: skip
+    for function, argument in (
+        (eval, "open('executed', 'w')"),
+        (exec, "open('executed', 'w')"),
+        (open, "executed"),
+        (__import__, "antigravity"),
+        (getattr, "x"),
+        (torch.load, "x"),
+        (print, "x"),
+        (subprocess.getoutput, "touch executed"),
+        (torch.hub.load, "x"),
+    ):
         yield {"w": Call(function, argument)}
 
 
@@ -378,7 +546,10 @@ def pickles():
     itself["tensors"] = itself
     yield "itself", zipped(itself)
     yield "deep", zipped(b"\x80\x02}(X\1\0\0\0w" + b"]" * 20_000 + b"a" * 19_999 + b"u.")
-    yield "doubled", zipped({"junk": doubled(60), "tensors": doubled(60, join=lambda a: {"a": a, "b": a})})
+    yield (
+        "doubled",
+        zipped({"junk": doubled(60), "tensors": doubled(60, join=lambda a: {"a": a, "b": a})}),
+    )
     yield "protocol", zipped({}, protocol=4)
     yield "no-storage", zipped({"w": tensor((2,), (1,), 2)})
 
@@ -390,18 +561,33 @@ def plain_files():
         file = in_form(kind, blob := saved(make_good()))
         yield f"empty.{kind}", b""
         yield f"an-artifact-or-a-state.{kind}", saved(GOOD["pt" if kind == "state" else "state"]())
-        yield f"torchscript.{kind}", in_form(kind, rezipped(blob, lambda e: e | {"archive/constants.pkl": b"."}))
-        no_pickle = rezipped(blob, lambda e: {name: data for name, data in e.items() if "pkl" not in name})
-        for name, inside in (("legacy", legacy.getvalue()), ("legacy-and-zip", legacy.getvalue() + blob),
-                             ("behind-text", b"text" + blob), ("no-pickle", no_pickle), *pickles()):  # fmt: skip
+        yield (
+            f"torchscript.{kind}",
+            in_form(kind, rezipped(blob, lambda e: e | {"archive/constants.pkl": b"."})),
+        )
+        no_pickle = rezipped(
+            blob, lambda e: {name: data for name, data in e.items() if "pkl" not in name}
+        )
+        for name, inside in (
+            ("legacy", legacy.getvalue()),
+            ("legacy-and-zip", legacy.getvalue() + blob),
+            ("behind-text", b"text" + blob),
+            ("no-pickle", no_pickle),
+            *pickles(),
+        ):
             yield f"{name}.{kind}", in_form(kind, inside)
         for share in (0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999):
             yield f"cut-{share}.{kind}", file[: max(1, int(share * len(file)))]
-            yield f"cut-inside-{share}.{kind}", in_form(kind, blob[: max(1, int(share * len(blob)))])
+            yield (
+                f"cut-inside-{share}.{kind}",
+                in_form(kind, blob[: max(1, int(share * len(blob)))]),
+            )
         yield f"cut-1.{kind}", file[:-1]
         with zipfile.ZipFile(io.BytesIO(blob)) as archive:
             parts = {entry.filename: archive.read(entry) for entry in archive.infolist()[:9]}
-        for number_, part in enumerate(parts.values() if kind != "ptz" else ()):  # a single bit of whatever is held
+        for number_, part in enumerate(
+            parts.values() if kind != "ptz" else ()
+        ):  # a single bit of whatever is held
             at = blob.index(part) + len(part) // 2
             yield f"bit-{number_}.{kind}", blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :]
     yield "longer.ptz", in_form("ptz", saved(good_content())) + b"x"
@@ -412,6 +598,8 @@ def test_files_that_are_no_whole_archives_are_refused(tmp_path):
         (tmp_path / name).write_bytes(blob)
     paths = sorted(tmp_path.iterdir())
     assert not not_refused(paths) and len(paths) > 70
+
+
 SHAPES = {  # (size, stride, numbers in the storage) of tensors over 24 bytes
     "sizes that overflow to 0": ((2**62, 4), (1, 1), 6),
     "sizes that overflow": ((2**33, 2**33), (2**33, 1), 6),
@@ -431,7 +619,11 @@ SHAPES = {  # (size, stride, numbers in the storage) of tensors over 24 bytes
 @pytest.mark.parametrize("kind", [torch.FloatStorage, torch.CharStorage])
 def test_impossible_shapes_are_refused(case, kind, tmp_path):
     one, parts = tensor(*SHAPES[case], kind), {part: {} for part in good_content()}
-    parts |= {"__quant_format__": tg.QUANT_FORMAT, "dtypes": {"w": "float32"}, "quantized": {"w": one}}
+    parts |= {
+        "__quant_format__": tg.QUANT_FORMAT,
+        "dtypes": {"w": "float32"},
+        "quantized": {"w": one},
+    }
     parts["scales"] = {"w": tensor((), (), 6)}
     for name, content in (("a.pt", {"w": one}), ("a.ptz", parts)):
         (tmp_path / name).write_bytes(in_form(name[2:], zipped(content, bytes(24))))
@@ -466,7 +658,14 @@ def test_what_is_no_file_is_refused(kind, tmp_path):
     (tmp_path / f"folder.{kind}").mkdir()
     (tmp_path / f"link.{kind}").symlink_to("nowhere")
     (tmp_path / f"loop.{kind}").symlink_to(f"loop.{kind}")
-    names = ["pipe", "folder", "absent", "link", "loop", *["x" * 300] * (kind != "bin")]  # shards come from a listing
+    names = [
+        "pipe",
+        "folder",
+        "absent",
+        "link",
+        "loop",
+        *["x" * 300] * (kind != "bin"),
+    ]  # shards come from a listing
     with fifo(tmp_path / f"pipe.{kind}") as readers:
         assert not not_refused([tmp_path / f"{name}.{kind}" for name in names])
     assert not readers
@@ -496,16 +695,27 @@ def bombs():
     torch.save({"w": torch.ones(3)}, legacy := io.BytesIO(), _use_new_zipfile_serialization=False)
     yield "legacy-large", legacy.getvalue()[:10] + b"\x80\x02](" + b"]" * 10_000_000 + b"e."
     yield "bytearray", zipped({"w": Call(bytearray, BIG)})
-    yield "punycode", zipped({"w": Call(_codecs.encode, "".join(map(chr, range(0x100, 0xD000))) * 8, "punycode")})
+    yield (
+        "punycode",
+        zipped(
+            {"w": Call(_codecs.encode, "".join(map(chr, range(0x100, 0xD000))) * 8, "punycode")}
+        ),
+    )
     yield "doubled", zipped({"a": doubled(40)})
-    form = {part: {} for part in ("quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")}
+    form = {
+        part: {}
+        for part in ("quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")
+    }
     yield "doubled-format", zipped(form | {"__quant_format__": doubled(40)})
     yield "ten-thousand-layers", saved(claimed_layers(10_000))
     yield "one-entry-listed-often", listed_often(saved({"w": torch.ones(10**6)}), 4000)
     nothing = {f"archive/{i}": b"" for i in range(70_000)}  # more than 16 bits count
     yield "empty-entries", rezipped(saved({"w": torch.ones(3)}), lambda entries: entries | nothing)
     rows = torch.ones(1).expand(2**20)
-    yield "repeated", saved({f"w{i}": rows for i in range(1000)} | {EMB: torch.ones(1).expand(20_000, 20_000)})
+    yield (
+        "repeated",
+        saved({f"w{i}": rows for i in range(1000)} | {EMB: torch.ones(1).expand(20_000, 20_000)}),
+    )
 
 
 def listed_often(blob, times):
@@ -519,7 +729,11 @@ def listed_often(blob, times):
 
 def claimed_layers(count, vocab_size=4):
     """A state dict of a few bytes a layer that claims to be a GPT of very many layers, all but the first empty."""
-    state = {EMB: torch.ones(vocab_size, 2), GAIN: torch.ones(1), "blocks.0.attn.c_k.weight": torch.ones(2, 2)}
+    state = {
+        EMB: torch.ones(vocab_size, 2),
+        GAIN: torch.ones(1),
+        "blocks.0.attn.c_k.weight": torch.ones(2, 2),
+    }
     state |= {FC: torch.ones(2, 2), "padding": torch.ones(40 * count)}
     return state | {f"blocks.{i}.": torch.ones(()) for i in range(1, count)}
 
@@ -557,18 +771,32 @@ def test_bombs_cost_neither_memory_nor_time(tmp_path):
     content = saved(good_content())
     (tmp_path / "good.ptz").write_bytes(in_form("ptz", content))
     names = ["good.ptz"]
-    slow = ("pickle-almost-large", "empty-entries")  # seconds each, and in a .ptz, once inflated, the same again
-    files = [(f"{name}.{kind}", in_form(kind, blob)) for name, blob in bombs()
-             for kind in ("pt", "ptz")[: 1 if name in slow else 2]]  # fmt: skip
-    files += [("zeros.ptz", billion := deflated(b"", BIG)), ("good-and-zeros.ptz", deflated(content, BIG))]
+    slow = (
+        "pickle-almost-large",
+        "empty-entries",
+    )  # seconds each, and in a .ptz, once inflated, the same again
+    files = [
+        (f"{name}.{kind}", in_form(kind, blob))
+        for name, blob in bombs()
+        for kind in ("pt", "ptz")[: 1 if name in slow else 2]
+    ]
+    files += [
+        ("zeros.ptz", billion := deflated(b"", BIG)),
+        ("good-and-zeros.ptz", deflated(content, BIG)),
+    ]
     files += [("good-then-zeros.ptz", in_form("ptz", content) + billion)]
     for name, blob in files:
         (tmp_path / name).write_bytes(blob)
         names.append(name)
     command = [sys.executable, "-c", CHILD, *(str(tmp_path / name) for name in names)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}  # no threads: it forks
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # no threads: it forks
     done = subprocess.run(command, capture_output=True, text=True, timeout=2000, env=env)
-    rows = {Path(name).name: tuple(rest) for name, *rest in map(json.loads, done.stdout.splitlines())}
+    rows = {
+        Path(name).name: tuple(rest) for name, *rest in map(json.loads, done.stdout.splitlines())
+    }
     assert len(rows) == len(names), done.stderr
     assert rows["good.ptz"][0] == "success"
     bad = {}
@@ -592,14 +820,27 @@ def shard(magic=20240520, version=1, count=4, tokens=(1, 5, 6, 7), rest=b"", ord
 
 
 SHARDS = {
-    "magic": shard(magic=20240521), "magic 0": shard(magic=0), "magic of the other byte order": shard(order=">"),
-    "version 0": shard(version=0), "version 2": shard(version=2), "no tokens": shard(count=0, tokens=()),
-    "no tokens claimed": shard(count=0), "negative": shard(count=-4), "most negative": shard(count=-(2**31)),
-    "more than the file": shard(count=5), "most of all": shard(count=2**31 - 1), "less than the file": shard(count=3),
-    "odd": shard(rest=b"\0"), "odd and short": shard()[:-1], "header cut": shard()[:1023],
-    "header alone": shard()[:1024], "zero length": b"", "one byte": b"\0", "text": b"tokens\n" * 1000,
+    "magic": shard(magic=20240521),
+    "magic 0": shard(magic=0),
+    "magic of the other byte order": shard(order=">"),
+    "version 0": shard(version=0),
+    "version 2": shard(version=2),
+    "no tokens": shard(count=0, tokens=()),
+    "no tokens claimed": shard(count=0),
+    "negative": shard(count=-4),
+    "most negative": shard(count=-(2**31)),
+    "more than the file": shard(count=5),
+    "most of all": shard(count=2**31 - 1),
+    "less than the file": shard(count=3),
+    "odd": shard(rest=b"\0"),
+    "odd and short": shard()[:-1],
+    "header cut": shard()[:1023],
+    "header alone": shard()[:1024],
+    "zero length": b"",
+    "one byte": b"\0",
+    "text": b"tokens\n" * 1000,
     "packed": zlib.compress(shard()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SHARDS)
@@ -619,11 +860,20 @@ def put_data(folder, **damaged):
     return {"DATA_PATH": str(data), "MAX_VAL_DOCS": "0", "ITERATIONS": "1", "EVAL": "flat"} | own
 
 
-HEADER, TOKENIZER = "found 1032 bytes, magic 20240520, version 1, 5 tokens; expected magic", "own.model: unusable ("
+HEADER, TOKENIZER = (
+    "found 1032 bytes, magic 20240520, version 1, 5 tokens; expected magic",
+    "own.model: unusable (",
+)
 MODEL = (CONFORMANCE / "tokenizer.model").read_bytes()
 DATA = {  # files that are put in place, and what is said of them
-    "last id of the train shards": ({"fineweb_train_000001__bin": shard(count=2, tokens=(1, 1024))}, "token id 1024, "),
-    "last id of the last val shard": ({"fineweb_val_000001__bin": shard(tokens=(1, 5, 6, 65535))}, "token id 65535, "),
+    "last id of the train shards": (
+        {"fineweb_train_000001__bin": shard(count=2, tokens=(1, 1024))},
+        "token id 1024, ",
+    ),
+    "last id of the last val shard": (
+        {"fineweb_val_000001__bin": shard(tokens=(1, 5, 6, 65535))},
+        "token id 65535, ",
+    ),
     "header of the last train shard": ({"fineweb_train_000001__bin": shard(count=5)}, HEADER),
     "header of the last val shard": ({"fineweb_val_000001__bin": shard(count=5)}, HEADER),
     "tokenizer empty": ({"own__model": b""}, TOKENIZER),
@@ -647,7 +897,9 @@ def test_damaged_data_is_named(case, tmp_path, rt):
 
 @pytest.mark.parametrize("name", ["fineweb_val_000001.bin", "own.model"])
 def test_data_that_is_no_file_is_named(name, tmp_path, rt):
-    settings = put_data(tmp_path / "data") | {"TOKENIZER_PATH": str(tmp_path / "data" / "own.model")}
+    settings = put_data(tmp_path / "data") | {
+        "TOKENIZER_PATH": str(tmp_path / "data" / "own.model")
+    }
     if name != "own.model":
         settings |= {"TOKENIZER_PATH": TINY_RUN["TOKENIZER_PATH"]}
     cfg, path = tg.read_config(TINY_RUN | settings), tmp_path / "data" / name
@@ -666,7 +918,14 @@ def test_data_that_is_no_file_is_named(name, tmp_path, rt):
 
 def make(folder, jsonl, *options):
     """make_shards.py as a process of 3 GB at most: (status, stdout, stderr)."""
-    command = ["bash", "-c", 'ulimit -v 3000000; exec "$@"', "-", sys.executable, make_shards.__file__]
+    command = [
+        "bash",
+        "-c",
+        'ulimit -v 3000000; exec "$@"',
+        "-",
+        sys.executable,
+        make_shards.__file__,
+    ]
     command += ["--jsonl", str(jsonl), "--out", str(folder / "set"), "--val-docs", "1", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
@@ -678,11 +937,17 @@ LINES = {
     "a raw NUL between lines": (b"\0\n", "line 4: found invalid JSON"),
     "a byte-order mark": (b'\xef\xbb\xbf{"text": "words"}\n', "line 4: found invalid JSON"),
     "a lone surrogate as a name": (b'{"\\ud800": 1}\n', 'without a "text" entry'),
-    "a number of 5000 digits": (b'{"text": "words", "n": ' + b"9" * 5000 + b"}\n", "line 4: found invalid JSON"),
-    "50 MB without an end": (b'{"text": "' + b"x " * 25_000_000 + b"\n", "line 4: found invalid JSON"),
+    "a number of 5000 digits": (
+        b'{"text": "words", "n": ' + b"9" * 5000 + b"}\n",
+        "line 4: found invalid JSON",
+    ),
+    "50 MB without an end": (
+        b'{"text": "' + b"x " * 25_000_000 + b"\n",
+        "line 4: found invalid JSON",
+    ),
     "50 MB of another type": (b'{"text": [' + b"1," * 25_000_000 + b"1]}\n", "type list"),
     "50 MB of names": (b'{"' + b"x" * 50_000_000 + b'": 1}\n', 'without a "text" entry'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LINES)
@@ -691,10 +956,16 @@ def test_bad_lines_are_named_and_nothing_is_written(case, tmp_path, capsys):
     if "50 MB" in case:
         status, out, err = make(tmp_path, docs)
     else:
-        status = make_shards.main(["--jsonl", str(docs), "--out", str(tmp_path / "set"), "--val-docs", "1"])
+        status = make_shards.main(
+            ["--jsonl", str(docs), "--out", str(tmp_path / "set"), "--val-docs", "1"]
+        )
         out, err = capsys.readouterr()
     assert (status, out, err.count("\n")) == (1, "", 1), err[:2000]
-    assert err.startswith(f"error: {docs}: line 4: found") and LINES[case][1] in err and "; expected " in err
+    assert (
+        err.startswith(f"error: {docs}: line 4: found")
+        and LINES[case][1] in err
+        and "; expected " in err
+    )
     assert_one_line(err.rstrip("\n"))
     assert not (tmp_path / "set").exists()
 
@@ -704,12 +975,25 @@ def test_what_is_no_file_makes_no_set(option, tmp_path, capsys):
     (tmp_path / "docs.jsonl").write_bytes(GOOD_LINES)
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
-    arguments = ["--jsonl", str(tmp_path / "docs.jsonl"), "--out", str(tmp_path / "set"), "--val-docs", "1", option]
+    arguments = [
+        "--jsonl",
+        str(tmp_path / "docs.jsonl"),
+        "--out",
+        str(tmp_path / "set"),
+        "--val-docs",
+        "1",
+        option,
+    ]
     with fifo(tmp_path / "pipe") as readers:
         for kind in ("pipe", "folder", "loop"):  # of two --jsonl the last one counts
-            status, (out, err) = make_shards.main([*arguments, str(tmp_path / kind)]), capsys.readouterr()
+            status, (out, err) = (
+                make_shards.main([*arguments, str(tmp_path / kind)]),
+                capsys.readouterr(),
+            )
             assert (status, out, err.count("\n")) == (1, "", 1), err
-            assert err.startswith("error: ") and f"{tmp_path / kind}: " in err and "; expected " in err
+            assert (
+                err.startswith("error: ") and f"{tmp_path / kind}: " in err and "; expected " in err
+            )
     assert not readers and not (tmp_path / "set").exists()
 
 
@@ -721,7 +1005,9 @@ def test_odd_lines_that_are_fine(tmp_path):
     lines = [json.dumps({"text": words_}) for words_ in texts]
     lines[3] = json.dumps({"text": "nul \0 " + texts[3], "more": None})
     lines[4] = '{"text": 5, "n": NaN, "text": ' + json.dumps(texts[4]) + "}"
-    lines[5] = json.dumps({"text": ("word" + " " * 96) * 500_000})  # folded to one space a word: quick to encode
+    lines[5] = json.dumps(
+        {"text": ("word" + " " * 96) * 500_000}
+    )  # folded to one space a word: quick to encode
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     assert (tmp_path / "docs.jsonl").stat().st_size > 49_000_000
     model = str(CONFORMANCE / "tokenizer.model")
@@ -733,9 +1019,41 @@ def test_odd_lines_that_are_fine(tmp_path):
 
 # --- 4. The environment ----------------------------------------------------------------------------------------------
 
-VALUES = ["", "-1", "-0", "0", "1", str(10**18), str(10**30), "9" * 5000, "1e300", "-1e300", "1e-300", "abc", "nan",
-          "NaN", "inf", "-inf", "infinity", " 1", "1 ", "0x10", "1,2", ",", "1_000", "\u0663", "\u00bd", "True", "a\nb",
-          "\x1b[2J", "\0", "\udcff", "../..", "/dev/null", "x" * 5000]  # fmt: skip
+VALUES = [
+    "",
+    "-1",
+    "-0",
+    "0",
+    "1",
+    str(10**18),
+    str(10**30),
+    "9" * 5000,
+    "1e300",
+    "-1e300",
+    "1e-300",
+    "abc",
+    "nan",
+    "NaN",
+    "inf",
+    "-inf",
+    "infinity",
+    " 1",
+    "1 ",
+    "0x10",
+    "1,2",
+    ",",
+    "1_000",
+    "\u0663",
+    "\u00bd",
+    "True",
+    "a\nb",
+    "\x1b[2J",
+    "\0",
+    "\udcff",
+    "../..",
+    "/dev/null",
+    "x" * 5000,
+]
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(tg.Config)] + ["world_size"])
@@ -756,25 +1074,39 @@ def test_every_setting_takes_or_names_every_value(name):
             assert not isinstance(kept, float) or abs(kept) <= 1e18
 
 
-@pytest.mark.parametrize(("settings", "named"), [
-    ({"TTT_CHUNK_SIZE": "129", "TTT_EVAL_SEQ_LEN": "128"}, ["TTT_CHUNK_SIZE=129", "TTT_EVAL_SEQ_LEN=128"]),
-    ({"TTT_LORA_RANK": "0"}, ["TTT_LORA_RANK='0'", "from 1"]),
-    ({"TTT_STREAM_RANK": "0"}, ["TTT_STREAM_RANK='0'", "from 1"]),
-    ({"TTT_BATCH_SIZE": "0"}, ["TTT_BATCH_SIZE='0'", "from 1"]),
-    ({"VAL_BATCH_SIZE": "0"}, ["VAL_BATCH_SIZE='0'", "from 1"]),
-    ({"TRAIN_BATCH_TOKENS": "0"}, ["TRAIN_BATCH_TOKENS='0'", "from 1"]),
-    ({"TRAIN_SEQ_LEN": "0"}, ["TRAIN_SEQ_LEN='0'", "from 1"]),
-    ({"TRAIN_BATCH_TOKENS": str(10**18)}, ["TRAIN_BATCH_TOKENS"]), ({"NUM_HEADS": "0"}, ["NUM_HEADS='0'", "from 1"]),
-    ({"EVAL": "flat,ttt,flat"}, ["EVAL='flat,ttt,flat'"]), ({"WORLD_SIZE": "-2"}, ["WORLD_SIZE='-2'"]),
-    ({"RUN_ID": "../../escaped"}, ["RUN_ID='../../escaped'"]), ({"RUN_ID": "/tmp/escaped"}, ["RUN_ID='/tmp/escaped'"]),
-    ({"RUN_ID": ".."}, ["RUN_ID='..'"]), ({"SCORES_PATH": "../escaped.csv"}, ["SCORES_PATH='../escaped.csv'"]),
-    ({"RANK": "abc"}, ["RANK=abc"]), ({"RANK": "-1"}, ["RANK=-1"]), ({"RANK": "1"}, ["RANK=1", "WORLD_SIZE=0"]),
-    ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2", "WORLD_SIZE=2"]),
-    ({"LOCAL_RANK": "\u0663", "RANK": "x"}, ["LOCAL_RANK="]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            {"TTT_CHUNK_SIZE": "129", "TTT_EVAL_SEQ_LEN": "128"},
+            ["TTT_CHUNK_SIZE=129", "TTT_EVAL_SEQ_LEN=128"],
+        ),
+        ({"TTT_LORA_RANK": "0"}, ["TTT_LORA_RANK='0'", "from 1"]),
+        ({"TTT_STREAM_RANK": "0"}, ["TTT_STREAM_RANK='0'", "from 1"]),
+        ({"TTT_BATCH_SIZE": "0"}, ["TTT_BATCH_SIZE='0'", "from 1"]),
+        ({"VAL_BATCH_SIZE": "0"}, ["VAL_BATCH_SIZE='0'", "from 1"]),
+        ({"TRAIN_BATCH_TOKENS": "0"}, ["TRAIN_BATCH_TOKENS='0'", "from 1"]),
+        ({"TRAIN_SEQ_LEN": "0"}, ["TRAIN_SEQ_LEN='0'", "from 1"]),
+        ({"TRAIN_BATCH_TOKENS": str(10**18)}, ["TRAIN_BATCH_TOKENS"]),
+        ({"NUM_HEADS": "0"}, ["NUM_HEADS='0'", "from 1"]),
+        ({"EVAL": "flat,ttt,flat"}, ["EVAL='flat,ttt,flat'"]),
+        ({"WORLD_SIZE": "-2"}, ["WORLD_SIZE='-2'"]),
+        ({"RUN_ID": "../../escaped"}, ["RUN_ID='../../escaped'"]),
+        ({"RUN_ID": "/tmp/escaped"}, ["RUN_ID='/tmp/escaped'"]),
+        ({"RUN_ID": ".."}, ["RUN_ID='..'"]),
+        ({"SCORES_PATH": "../escaped.csv"}, ["SCORES_PATH='../escaped.csv'"]),
+        ({"RANK": "abc"}, ["RANK=abc"]),
+        ({"RANK": "-1"}, ["RANK=-1"]),
+        ({"RANK": "1"}, ["RANK=1", "WORLD_SIZE=0"]),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK=2", "WORLD_SIZE=2"]),
+        ({"LOCAL_RANK": "\u0663", "RANK": "x"}, ["LOCAL_RANK="]),
+    ],
+)
 def test_settings_that_cannot_work_are_named(settings, named):
     with pytest.raises(tg.UserError) as refused_:
-        tg.Runtime.create(tg.read_config({"PRESET": "baseline", "DEVICE": "cpu"} | settings), settings)
+        tg.Runtime.create(
+            tg.read_config({"PRESET": "baseline", "DEVICE": "cpu"} | settings), settings
+        )
     assert_one_line(refused_.value)
     assert all(word in str(refused_.value) for word in named), refused_.value
 
@@ -787,16 +1119,38 @@ TORCHELASTIC_RUN_ID CUDA_VISIBLE_DEVICES MKL_NUM_THREADS NUMEXPR_MAX_THREADS SLU
 ROLE_RANK ROLE_WORLD_SIZE TOKENIZERS_PARALLELISM TERM LANG LC_ALL XDG_DATA_DIRS LD_LIBRARY_PATH PYTHONPATH_OLD
 """.split()  # noqa: SIM905
 MISSPELT = {
-    "TTT_LORA_RNK": "TTT_LORA_RANK", "TTT_LORA_RANKS": "TTT_LORA_RANK", "NUM_LAYER": "NUM_LAYERS",
-    "EVALONLY": "EVAL_ONLY", "MODELPATH": "MODEL_PATH", "OUTDIR": "OUT_DIR", "CHECKPOINT_EVRY": "CHECKPOINT_EVERY",
-    "MAX_WALLCLOCK_SECOND": "MAX_WALLCLOCK_SECONDS", "TTT_STREAM_TARGET": "TTT_STREAM_TARGETS",
+    "TTT_LORA_RNK": "TTT_LORA_RANK",
+    "TTT_LORA_RANKS": "TTT_LORA_RANK",
+    "NUM_LAYER": "NUM_LAYERS",
+    "EVALONLY": "EVAL_ONLY",
+    "MODELPATH": "MODEL_PATH",
+    "OUTDIR": "OUT_DIR",
+    "CHECKPOINT_EVRY": "CHECKPOINT_EVERY",
+    "MAX_WALLCLOCK_SECOND": "MAX_WALLCLOCK_SECONDS",
+    "TTT_STREAM_TARGET": "TTT_STREAM_TARGETS",
     "TRAIN_BATCH_TOKEN": "TRAIN_BATCH_TOKENS",
-}  # fmt: skip
+}
 # The most that these take. A run is not asked whether it can afford them: none of them costs anything by being large.
-HUGE = dict.fromkeys((
-    "VAL_BATCH_SIZE", "VAL_LOSS_EVERY", "TRAIN_LOG_EVERY", "MAX_VAL_DOCS", "SEED", "WARMDOWN_ITERS",
-    "MUON_MOMENTUM_WARMUP_STEPS", "TTT_BATCH_SIZE", "CHECKPOINT_EVERY", "CHECKPOINT_SECONDS", "EVAL_MAX_SECONDS",
-    "MAX_WALLCLOCK_SECONDS", "ROPE_BASE", "GRAD_CLIP_NORM", "ADAM_EPS"), str(10**18))  # fmt: skip
+HUGE = dict.fromkeys(
+    (
+        "VAL_BATCH_SIZE",
+        "VAL_LOSS_EVERY",
+        "TRAIN_LOG_EVERY",
+        "MAX_VAL_DOCS",
+        "SEED",
+        "WARMDOWN_ITERS",
+        "MUON_MOMENTUM_WARMUP_STEPS",
+        "TTT_BATCH_SIZE",
+        "CHECKPOINT_EVERY",
+        "CHECKPOINT_SECONDS",
+        "EVAL_MAX_SECONDS",
+        "MAX_WALLCLOCK_SECONDS",
+        "ROPE_BASE",
+        "GRAD_CLIP_NORM",
+        "ADAM_EPS",
+    ),
+    str(10**18),
+)
 
 
 # --- 5. The whole program: one error line, status 1, nothing written but the log --------------------------------------
@@ -804,13 +1158,17 @@ HUGE = dict.fromkeys((
 
 def files_below(folder):
     """Names of all files below a folder."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
+    )
 
 
 def complaint(done):
     """The error line of a run that must have printed nothing else on stderr, and written its log at most."""
     lines = done.stderr.splitlines()
-    assert (done.returncode, len(lines)) == (1, 1), f"status {done.returncode}: {done.stderr[-3000:]}"
+    assert (done.returncode, len(lines)) == (1, 1), (
+        f"status {done.returncode}: {done.stderr[-3000:]}"
+    )
     assert lines[0].startswith("error: ")
     assert_one_line(lines[0])
     assert files_below(done.out) in ([], ["logs/test.txt"])
@@ -819,23 +1177,44 @@ def complaint(done):
 
 # Files of weights that the program is to score, settings for a whole run, and what either ends with.
 HOSTILE_WEIGHTS = {
-    "code.ptz": lambda: in_form("ptz", saved(good_content() | {"scales": Call(os.system, "touch executed")})),
-    "names.pt": lambda: saved(torch.load(CONFORMANCE / "init.pt", weights_only=True) | {BREAKS: torch.ones(1)}),
+    "code.ptz": lambda: in_form(
+        "ptz", saved(good_content() | {"scales": Call(os.system, "touch executed")})
+    ),
+    "names.pt": lambda: saved(
+        torch.load(CONFORMANCE / "init.pt", weights_only=True) | {BREAKS: torch.ones(1)}
+    ),
     "zeros.ptz": lambda: deflated(b"", 2**30),
 }
 HOSTILE_CHECKPOINTS = {  # what is changed, and what is said
     "code": (lambda s: s | {"rng": Call(os.system, "touch executed")}, ": unusable ("),
-    "other settings": (put("identity", "SEED", BREAKS), ": unusable (it was made under SEED=a?error: b??[2Jc (now "),
+    "other settings": (
+        put("identity", "SEED", BREAKS),
+        ": unusable (it was made under SEED=a?error: b??[2Jc (now ",
+    ),
     "not finite": (put("tensors", "Adam.0.exp_avg", lambda t: t * NAN), "is not finite"),
 }
 SETTINGS = {
-    "misspelt": dict.fromkeys(ORDINARY, "") | dict.fromkeys(MISSPELT, "4") | {"ITERATIONS": "0", "HOME": "/\udcff"},
+    "misspelt": dict.fromkeys(ORDINARY, "")
+    | dict.fromkeys(MISSPELT, "4")
+    | {"ITERATIONS": "0", "HOME": "/\udcff"},
     "huge": HUGE,
-    "tiny": {"VAL_BATCH_SIZE": "1", "TTT_BATCH_SIZE": "1", "MAX_VAL_DOCS": "1", "SEED": "0", "TTT_LORA_RANK": "1",
-             "TTT_STREAM_RANK": "1", "TTT_CHUNK_SIZE": "1", "TTT_STREAM_CHUNK": "1", "TTT_EVAL_SEQ_LEN": "8",
-             "EVAL": "flat,ttt", "TRAIN_SEQ_LEN": "1", "TRAIN_BATCH_TOKENS": "8", "ITERATIONS": "1"},
+    "tiny": {
+        "VAL_BATCH_SIZE": "1",
+        "TTT_BATCH_SIZE": "1",
+        "MAX_VAL_DOCS": "1",
+        "SEED": "0",
+        "TTT_LORA_RANK": "1",
+        "TTT_STREAM_RANK": "1",
+        "TTT_CHUNK_SIZE": "1",
+        "TTT_STREAM_CHUNK": "1",
+        "TTT_EVAL_SEQ_LEN": "8",
+        "EVAL": "flat,ttt",
+        "TRAIN_SEQ_LEN": "1",
+        "TRAIN_BATCH_TOKENS": "8",
+        "ITERATIONS": "1",
+    },
     "huge rates": dict.fromkeys(("MATRIX_LR", "SCALAR_LR", "TIED_EMBED_LR"), "1e18"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -850,7 +1229,9 @@ def ended(tmp_path_factory):
         return done
 
     cases["trained"] = {"CHECKPOINT_EVERY": "2", "EVAL": "flat"}
-    checkpoint = tg.load_state((trained := start("trained")).out / "checkpoints/test.step000000002.pt")
+    checkpoint = tg.load_state(
+        (trained := start("trained")).out / "checkpoints/test.step000000002.pt"
+    )
     for name, make_blob in HOSTILE_WEIGHTS.items():
         (folder / name).write_bytes(make_blob())
         cases[name] = {"EVAL_ONLY": "1", "MODEL_PATH": str(folder / name)}
@@ -861,7 +1242,10 @@ def ended(tmp_path_factory):
     cases["last id"] = put_data(folder / "data", **DATA["last id of the last val shard"][0])
     cases["pipe"] = put_data(folder / "data-pipe")
     del cases["trained"]
-    with fifo(folder / "data-pipe/fineweb_val_000001.bin") as readers, ThreadPoolExecutor(2) as pool:
+    with (
+        fifo(folder / "data-pipe/fineweb_val_000001.bin") as readers,
+        ThreadPoolExecutor(2) as pool,
+    ):
         runs = dict(zip(cases, pool.map(start, cases), strict=True))
     assert not readers and trained.returncode == 0
     return runs
@@ -872,7 +1256,9 @@ def test_hostile_weights_stop_the_program(case, ended):
     done = ended[case]
     assert not (done.out / "executed").exists()
     line = complaint(done)
-    assert f"/{case}: " in line and (done.out / "logs" / "test.txt").read_text().endswith(f"{line}\n")
+    assert f"/{case}: " in line and (done.out / "logs" / "test.txt").read_text().endswith(
+        f"{line}\n"
+    )
 
 
 @pytest.mark.parametrize("case", HOSTILE_CHECKPOINTS)
@@ -882,7 +1268,8 @@ def test_hostile_checkpoints_stop_the_program(case, ended):
 
 
 @pytest.mark.parametrize(
-    ("case", "words"), [("last id", "token id 65535, expected"), ("pipe", "fineweb_val_000001.bin: found 0 bytes")]
+    ("case", "words"),
+    [("last id", "token id 65535, expected"), ("pipe", "fineweb_val_000001.bin: found 0 bytes")],
 )
 def test_damaged_data_stops_the_program(case, words, ended):
     assert words in complaint(ended[case])
@@ -893,13 +1280,25 @@ def test_settings_work_or_say_why_not(ended):
         assert (ended[case].returncode, ended[case].stderr) == (0, ""), case
         assert "final_int8_ttt_lora val_loss:" in ended[case].stdout
     assert "not finite" in complaint(ended["huge rates"])
-    warned = {line.removesuffix(" partial") for line in ended["misspelt"].stdout.splitlines() if "warning: " in line}
-    assert warned == {f"warning: {name} is no setting of this script; {meant} is" for name, meant in MISSPELT.items()}
+    warned = {
+        line.removesuffix(" partial")
+        for line in ended["misspelt"].stdout.splitlines()
+        if "warning: " in line
+    }
+    assert warned == {
+        f"warning: {name} is no setting of this script; {meant} is"
+        for name, meant in MISSPELT.items()
+    }
 
 
 def test_more_ranks_than_matrices_and_documents(tmp_path):
     """Seven ranks, a layer of six matrices, two documents: those without work still take part."""
-    settings = {"NUM_LAYERS": "1", "TRAIN_BATCH_TOKENS": str(7 * 128), "ITERATIONS": "2", "MAX_VAL_DOCS": "2"}
+    settings = {
+        "NUM_LAYERS": "1",
+        "TRAIN_BATCH_TOKENS": str(7 * 128),
+        "ITERATIONS": "2",
+        "MAX_VAL_DOCS": "2",
+    }
     done = run_script(tmp_path, 7, **settings, EVAL="flat,ttt", COMPILE="0")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "world_size:7" in done.stdout and "num_layers:1" in done.stdout
@@ -917,6 +1316,7 @@ class TooLong(BaseException):
     def ring(cls, *_):
         raise cls
 
+
 NUMBERS = (0, 1, 2, 127, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1)
 
 
@@ -926,21 +1326,51 @@ def mutated(rng, data, other):
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         at, start = rng.randrange(len(data) + 1), rng.randrange(len(other) + 1)
         size, bit = rng.choice((1, 2, 4, 8, 16, 100, 1000)), 1 << rng.randrange(8)
-        end, new = rng.choice((
-            (at + 1, bytes(byte ^ bit for byte in data[at : at + 1])), (len(data), b""), (at + size, b""),
-            (at, data[at : at + size]), (at + size, other[start : start + size]), (len(data), other[start:]),
-            (at + 4, struct.pack("<I", rng.choice(NUMBERS))), (at + size, rng.randbytes(size))))  # fmt: skip
+        end, new = rng.choice(
+            (
+                (at + 1, bytes(byte ^ bit for byte in data[at : at + 1])),
+                (len(data), b""),
+                (at + size, b""),
+                (at, data[at : at + size]),
+                (at + size, other[start : start + size]),
+                (len(data), other[start:]),
+                (at + 4, struct.pack("<I", rng.choice(NUMBERS))),
+                (at + size, rng.randbytes(size)),
+            )
+        )
         data[at:end] = new
     return bytes(data)
 
 
-JUNK = [None, 0, -1, 10**30, 1.5, NAN, "", "int8", "a\nb", "\ud800", b"x", [], {}, (), [1], {"a": 1}, True]
+JUNK = [
+    None,
+    0,
+    -1,
+    10**30,
+    1.5,
+    NAN,
+    "",
+    "int8",
+    "a\nb",
+    "\ud800",
+    b"x",
+    [],
+    {},
+    (),
+    [1],
+    {"a": 1},
+    True,
+]
 
 
 def restructured(rng, content):
     """A nest of dicts with an entry lost, renamed, or made into something else; sometimes in two places."""
     inside = content
-    while (key := rng.choice([*inside, None]) if inside else None) and isinstance(inside[key], dict) and inside[key]:
+    while (
+        (key := rng.choice([*inside, None]) if inside else None)
+        and isinstance(inside[key], dict)
+        and inside[key]
+    ):
         inside = inside[key]
     key, kind = rng.choice([*inside] or [""]), rng.randrange(6)
     old = inside.pop(key, None)
@@ -957,11 +1387,19 @@ def restructured(rng, content):
 
 def damaged_file(rng, kind, good, others):
     """(how, bytes) of a file of weights or a checkpoint with mistakes in one of its layers."""
-    how, other = rng.choice(("file", "zip", "pickle", "storage", "content", "content")), rng.choice(others)
+    how, other = (
+        rng.choice(("file", "zip", "pickle", "storage", "content", "content")),
+        rng.choice(others),
+    )
     if how == "content":
-        with contextlib.suppress(Exception), warnings.catch_warnings():  # what cannot be saved is no file
+        with (
+            contextlib.suppress(Exception),
+            warnings.catch_warnings(),
+        ):  # what cannot be saved is no file
             warnings.simplefilter("ignore")
-            return how, in_form(kind, saved(restructured(rng, torch.load(io.BytesIO(good), weights_only=True))))
+            return how, in_form(
+                kind, saved(restructured(rng, torch.load(io.BytesIO(good), weights_only=True)))
+            )
         how = "pickle"
     if how == "file":
         return how, mutated(rng, in_form(kind, good), in_form(kind, other))
@@ -970,27 +1408,60 @@ def damaged_file(rng, kind, good, others):
     name = "data.pkl" if how == "pickle" else f"data/{rng.randrange(4)}"
     with zipfile.ZipFile(io.BytesIO(other)) as archive:
         theirs = next(archive.read(n) for n in archive.namelist() if n.endswith("data.pkl"))
-    return how, in_form(kind, rezipped(good, lambda entries: {
-        n: mutated(rng, data, theirs) if n.endswith(name) else data for n, data in entries.items()}))  # fmt: skip
+    return how, in_form(
+        kind,
+        rezipped(
+            good,
+            lambda entries: {
+                n: mutated(rng, data, theirs) if n.endswith(name) else data
+                for n, data in entries.items()
+            },
+        ),
+    )
 
 
 def damaged_environment(rng):
     """Some settings with values that may be good, of the wrong kind, out of range, or mutated."""
     names = [f.name for f in fields(tg.Config)]
-    env = {"DEVICE": rng.choice(("cpu", "cpu", "cpu", "auto", "tpu")), "PRESET": rng.choice(("cpu", "baseline"))}
+    env = {
+        "DEVICE": rng.choice(("cpu", "cpu", "cpu", "auto", "tpu")),
+        "PRESET": rng.choice(("cpu", "baseline")),
+    }
     for name in rng.sample(names, rng.choice((1, 1, 2, 3, 8))):
-        value = rng.choice([*VALUES, *(tg.spell(getattr(tg.Config(), rng.choice(names))) for _ in range(20))])
+        value = rng.choice(
+            [*VALUES, *(tg.spell(getattr(tg.Config(), rng.choice(names))) for _ in range(20))]
+        )
         if rng.random() < 0.5:
             value = tg.spell(getattr(tg.Config(), name))
             value = mutated(rng, value.encode(), b"-1e9,nan.5").decode("utf-8", "surrogateescape")
         env[name.upper()] = value
-    env |= {"WORLD_SIZE": rng.choice(("1", "2", "3", "8", "0", "x", "-1", str(10**30)))} if rng.random() < 0.2 else {}
+    env |= (
+        {"WORLD_SIZE": rng.choice(("1", "2", "3", "8", "0", "x", "-1", str(10**30)))}
+        if rng.random() < 0.2
+        else {}
+    )
     return env
 
 
-WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
-          "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "shutil.", "socket.",
-          "ctypes.dlopen", "pty.spawn")  # fmt: skip
+WRITES = (
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "shutil.",
+    "socket.",
+    "ctypes.dlopen",
+    "pty.spawn",
+)
 WATCH = {"on": False, "seen": []}
 
 
@@ -998,8 +1469,12 @@ def watch(event, arguments):
     """An audit hook: note what runs, connects, or writes while the watch is on."""
     if WATCH["on"] and threading.current_thread() is threading.main_thread():
         flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
-        compiler = "torchinductor" in str(arguments[:1])  # where torch keeps its own, made once at any odd moment
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (event.startswith(WRITES) and not compiler):
+        compiler = "torchinductor" in str(
+            arguments[:1]
+        )  # where torch keeps its own, made once at any odd moment
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (
+            event.startswith(WRITES) and not compiler
+        ):
             WATCH["seen"].append((event, str(arguments)[:200]))
 
 
@@ -1012,7 +1487,11 @@ def outcome_of(work):
         return "success"
     except tg.UserError as error:
         line = str(error)
-        return "refused" if line and line.isprintable() and len(line) < 1300 else f"no clean line: {line!r:.300}"
+        return (
+            "refused"
+            if line and line.isprintable() and len(line) < 1300
+            else f"no clean line: {line!r:.300}"
+        )
     except BaseException as error:  # SystemExit and TooLong too
         return f"escaped: {type(error).__name__}: {error}"[:300]
     finally:
@@ -1035,8 +1514,12 @@ def fuzz_cases(folder, rng):
                 yield kind, "settings", (lambda env=env: tg.read_config(env)), env
             elif kind == "bin":
                 how = rng.choice(("header", "file"))
-                head = mutated(rng, whole[:12], struct.pack("<4i", 20240520, 1, 500, -1)) + whole[12:]
-                path.write_bytes(blob := head if how == "header" else mutated(rng, whole, good["pt"][:3000]))
+                head = (
+                    mutated(rng, whole[:12], struct.pack("<4i", 20240520, 1, 500, -1)) + whole[12:]
+                )
+                path.write_bytes(
+                    blob := head if how == "header" else mutated(rng, whole, good["pt"][:3000])
+                )
                 yield kind, how, (lambda path=path: use(path)), blob
             else:
                 how, blob = damaged_file(rng, kind, good[kind], [*good.values()])
@@ -1057,7 +1540,16 @@ def test_thousands_of_damaged_inputs_succeed_or_end_in_one_line(tmp_path, capsys
         outcome = outcome_of(act)
         counts[kind, how, outcome if outcome in ("success", "refused") else "wrong"] += 1
         if outcome not in ("success", "refused") or WATCH["seen"]:
-            wrong.append((kind, how, counts.total(), outcome, WATCH["seen"][:3], what if kind == "env" else ""))
+            wrong.append(
+                (
+                    kind,
+                    how,
+                    counts.total(),
+                    outcome,
+                    WATCH["seen"][:3],
+                    what if kind == "env" else "",
+                )
+            )
     signal.signal(signal.SIGALRM, before)
     os.chdir(tmp_path)
     with capsys.disabled():
@@ -1070,4 +1562,7 @@ def test_thousands_of_damaged_inputs_succeed_or_end_in_one_line(tmp_path, capsys
     for kind, hows in (("ptz", 5), ("pt", 5), ("state", 5), ("bin", 2), ("env", 1)):
         found = [(how, outcome) for k, how, outcome in counts if k == kind]
         assert len({how for how, _ in found}) == hows  # every layer was reached
-        assert {outcome for _, outcome in found} == {"success", "refused"}  # some of the damage is harmless
+        assert {outcome for _, outcome in found} == {
+            "success",
+            "refused",
+        }  # some of the damage is harmless

@@ -22,13 +22,31 @@ def make_texts(count: int = 200) -> list[str]:
     """Documents of made-up words, with the things that tokenizers trip over sprinkled in."""
     rng = random.Random(7)
     words = ["".join(rng.choices("etaoinshrdlucmwx", k=rng.randint(1, 8))) for _ in range(500)]
-    odd = ["naïve", "ﬁne", "tab\there", "two  spaces", "line\nbreak", "▅", "nul\0byte", "日本", "🙂", "<s>"]
+    odd = [
+        "naïve",
+        "ﬁne",
+        "tab\there",
+        "two  spaces",
+        "line\nbreak",
+        "▅",
+        "nul\0byte",
+        "日本",
+        "🙂",
+        "<s>",
+    ]
     texts = []
     for number in range(count):
-        chosen = [*rng.choices(words, k=rng.randint(20, 120)), odd[number % len(odd)], f"doc{number}", "2024"]
+        chosen = [
+            *rng.choices(words, k=rng.randint(20, 120)),
+            odd[number % len(odd)],
+            f"doc{number}",
+            "2024",
+        ]
         rng.shuffle(chosen)
         texts.append(" ".join(chosen))
-    for number in range(20, 24):  # rarer than one character in a thousand, in training whatever the seed
+    for number in range(
+        20, 24
+    ):  # rarer than one character in a thousand, in training whatever the seed
         texts[number % count] += " Ω"
     return texts
 
@@ -41,14 +59,24 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 def make_tokenizer(path: Path, **options: object) -> Path:
     """A tokenizer other than the one that the script would make."""
     model = io.BytesIO()
-    settings = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "minloglevel": 2, **options}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(make_texts(40)), model_writer=model, **settings)
+    settings = {
+        "model_type": "bpe",
+        "vocab_size": 300,
+        "byte_fallback": True,
+        "minloglevel": 2,
+        **options,
+    }
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_texts(40)), model_writer=model, **settings
+    )
     path.write_bytes(model.getvalue())
     return path
 
 
 def run_script(*arguments: object, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, **options
+    )
 
 
 def build(jsonl: Path, out: Path, *more: object) -> dict:
@@ -62,7 +90,11 @@ def build(jsonl: Path, out: Path, *more: object) -> dict:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below the folder, hidden ones included."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def read_tokens(folder: Path, split: str) -> np.ndarray:
@@ -96,7 +128,10 @@ def made(tmp_path_factory, jsonl) -> Path:
     out = tmp_path_factory.mktemp("made") / "deep" / "set"
     done = run_script("--jsonl", jsonl, "--out", out, "--val-docs", VAL_DOCS, "--vocab-size", VOCAB)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"val: {VAL_DOCS} documents" in done.stdout and f"train: {200 - VAL_DOCS} documents" in done.stdout
+    assert (
+        f"val: {VAL_DOCS} documents" in done.stdout
+        and f"train: {200 - VAL_DOCS} documents" in done.stdout
+    )
     return out
 
 
@@ -127,11 +162,16 @@ def test_documents_are_shuffled(made, texts, tokenizer):
 def test_shards_hold_the_published_format(made, tokenizer):
     for split in ("val", "train"):
         path = made / f"fineweb_{split}_000000.bin"
-        header, tokens = np.fromfile(path, dtype="<i4", count=256), np.fromfile(path, dtype="<u2", offset=1024)
+        header, tokens = (
+            np.fromfile(path, dtype="<i4", count=256),
+            np.fromfile(path, dtype="<u2", offset=1024),
+        )
         assert header.tolist() == [20240520, 1, len(tokens)] + [0] * 253
         assert make_shards.shard_token_count(path) == len(tokens)
         assert tokens.max() < VOCAB
-        assert not np.isin([tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id()], tokens).any()
+        assert not np.isin(
+            [tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id()], tokens
+        ).any()
 
 
 def test_tokenizer_has_the_published_settings(tokenizer):
@@ -153,14 +193,23 @@ def test_manifest_agrees_with_the_files(made, jsonl, texts, tokenizer):
     files = folder_bytes(made)
     assert set(files) == {*manifest["files"], "manifest.json"}  # and no temporary file was left
     for name, facts in manifest["files"].items():
-        assert (facts["bytes"], facts["sha256"]) == (len(files[name]), hashlib.sha256(files[name]).hexdigest())
+        assert (facts["bytes"], facts["sha256"]) == (
+            len(files[name]),
+            hashlib.sha256(files[name]).hexdigest(),
+        )
     for split, stats in manifest["splits"].items():
         documents, tokens = read_documents(made, split), len(read_tokens(made, split))
         decoded = sum(len(document.encode()) for document in documents)
-        assert (stats["documents"], stats["tokens"], stats["decoded_bytes"]) == (len(documents), tokens, decoded)
+        assert (stats["documents"], stats["tokens"], stats["decoded_bytes"]) == (
+            len(documents),
+            tokens,
+            decoded,
+        )
         assert stats["tokens_per_byte"] == pytest.approx(tokens / decoded, abs=1e-6)
         assert manifest["files"][f"fineweb_{split}_000000.bin"]["tokens"] == tokens
-    assert sum(stats["text_bytes"] for stats in manifest["splits"].values()) == sum(len(t.encode()) for t in texts)
+    assert sum(stats["text_bytes"] for stats in manifest["splits"].values()) == sum(
+        len(t.encode()) for t in texts
+    )
 
 
 def test_equal_runs_give_equal_bytes(made, jsonl, tmp_path):
@@ -177,10 +226,15 @@ def test_tokenizer_never_sees_validation_text(made, texts, tmp_path, tokenizer):
     """Other validation documents leave tokenizer and training shards as they are; another training one does not."""
     val = set(read_documents(made, "val"))
     is_val = [tokenizer.normalize(text).replace("▁", " ") in val for text in texts]
-    other_val = ["zz qq " * 40 if inside else text for text, inside in zip(texts, is_val, strict=True)]
+    other_val = [
+        "zz qq " * 40 if inside else text for text, inside in zip(texts, is_val, strict=True)
+    ]
     build(write_jsonl(tmp_path / "docs.jsonl", other_val), tmp_path / "val")
     before, after = folder_bytes(made), folder_bytes(tmp_path / "val")
-    assert sum(is_val) == VAL_DOCS and before["fineweb_val_000000.bin"] != after["fineweb_val_000000.bin"]
+    assert (
+        sum(is_val) == VAL_DOCS
+        and before["fineweb_val_000000.bin"] != after["fineweb_val_000000.bin"]
+    )
     for name in ("tokenizer.model", "fineweb_train_000000.bin"):
         assert before[name] == after[name]
     other_train = [*texts]
@@ -212,7 +266,9 @@ def test_reserved_characters_do_not_cost_their_document(tmp_path):
     """SentencePiece's trainer ignores any text with a NUL or U+2585 in it; here every text has one."""
     jsonl = write_jsonl(tmp_path / "docs.jsonl", [f"{text} \0 ▅" for text in make_texts(60)])
     build(jsonl, tmp_path / "set")
-    assert all(text.count("\0") >= 1 and "▅" in text for text in read_documents(tmp_path / "set", "train"))
+    assert all(
+        text.count("\0") >= 1 and "▅" in text for text in read_documents(tmp_path / "set", "train")
+    )
 
 
 # --- Long and many ---------------------------------------------------------------------------------------------------
@@ -222,7 +278,9 @@ def test_full_shards_and_replaced_sets(jsonl, made, tmp_path, monkeypatch):
     """Small shards join to the same stream, and go away when a set with fewer shards replaces them."""
     monkeypatch.setattr(make_shards, "SHARD_TOKENS", 5000)
     build(jsonl, tmp_path)
-    counts = [make_shards.shard_token_count(path) for path in sorted(tmp_path.glob("fineweb_train_*.bin"))]
+    counts = [
+        make_shards.shard_token_count(path) for path in sorted(tmp_path.glob("fineweb_train_*.bin"))
+    ]
     assert len(counts) > 2 and set(counts[:-1]) == {5000} and 0 < counts[-1] <= 5000
     assert (read_tokens(tmp_path, "train") == read_tokens(made, "train")).all()
     (tmp_path / "docs.jsonl").write_text("a neighbour that is none of our business")
@@ -276,15 +334,23 @@ def test_blank_lines_and_empty_documents_are_counted(tmp_path, texts):
 
 
 def test_given_tokenizer_is_used_as_it_is(jsonl, made, tmp_path):
-    manifest = build(jsonl, tmp_path, "--tokenizer", made / "tokenizer.model", "--vocab-size", VOCAB)
+    manifest = build(
+        jsonl, tmp_path, "--tokenizer", made / "tokenizer.model", "--vocab-size", VOCAB
+    )
     assert (tmp_path / "tokenizer.model").read_bytes() == (made / "tokenizer.model").read_bytes()
     assert np.array_equal(read_tokens(tmp_path, "train"), read_tokens(made, "train"))
-    assert manifest["tokenizer"] == {"vocab_size": VOCAB, "trained_here": False, "training_text_limit_bytes": None}
+    assert manifest["tokenizer"] == {
+        "vocab_size": VOCAB,
+        "trained_here": False,
+        "training_text_limit_bytes": None,
+    }
 
 
 def test_other_tokenizers_leave_no_trace_of_a_cut_either(tmp_path, texts, monkeypatch):
     """A tokenizer with a dummy prefix puts a space in front of a text, but not in front of its later parts."""
-    path = make_tokenizer(tmp_path / "prefix.model", model_type="unigram", byte_fallback=False, vocab_size=60)
+    path = make_tokenizer(
+        tmp_path / "prefix.model", model_type="unigram", byte_fallback=False, vocab_size=60
+    )
     tokenizer = make_shards.load_tokenizer(path.read_bytes(), "prefix", None)
     (whole,) = make_shards.encode_parts(tokenizer, next(make_shards.encoding_batches([texts[0]])))
     monkeypatch.setattr(make_shards, "PART_CHARS", 50)
@@ -331,7 +397,11 @@ def test_bad_line_is_named(case, earlier_set, tmp_path, made):
     line, found = BAD_LINES[case]
     path = tmp_path / "docs.jsonl"
     path.write_bytes(GOOD_LINE + b"\n" + line + GOOD_LINE)
-    assert_refused(run_script("--jsonl", path, "--out", earlier_set, "--val-docs", 1), f"{path}: line 3: found", found)
+    assert_refused(
+        run_script("--jsonl", path, "--out", earlier_set, "--val-docs", 1),
+        f"{path}: line 3: found",
+        found,
+    )
     assert folder_bytes(earlier_set) == folder_bytes(made)
 
 
@@ -343,11 +413,17 @@ def test_bad_line_is_named(case, earlier_set, tmp_path, made):
         (["--val-docs", -1], ["--val-docs -1", "at least 1"]),
         (["--vocab-size", 100], ["--vocab-size 100", "expected at least 2"]),
         (["--vocab-size", 0], ["--vocab-size 0", "expected at least 2"]),
-        (["--vocab-size", 99999999999999], ["--vocab-size 99999999999999", "expected at most 65536"]),
+        (
+            ["--vocab-size", 99999999999999],
+            ["--vocab-size 99999999999999", "expected at most 65536"],
+        ),
         (["--seed", -1], ["--seed -1", "from 0 to 4294967295"]),
         (["--seed", 2**32], ["--seed 4294967296", "from 0 to 4294967295"]),
         (["--vocab-size", 60000], ["--vocab-size 60000", "expected at most"]),
-        (["--tokenizer", "made/tokenizer.model", "--vocab-size", 401], ["400 pieces", "--vocab-size 401"]),
+        (
+            ["--tokenizer", "made/tokenizer.model", "--vocab-size", 401],
+            ["400 pieces", "--vocab-size 401"],
+        ),
         (["--tokenizer", "nobos.model"], ["nobos.model", "no BOS"]),
         (["--tokenizer", "docs.jsonl"], ["docs.jsonl", "no SentencePiece model"]),
         (["--tokenizer", "empty.jsonl"], ["empty.jsonl", "no SentencePiece model"]),
@@ -364,7 +440,9 @@ def test_bad_option_leaves_the_earlier_set(options, words, earlier_set, made, js
     (tmp_path / "docs.jsonl").write_bytes(jsonl.read_bytes())
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "blank.jsonl").write_bytes(b'\n{"text": " "}\n')
-    done = run_script("--jsonl", "docs.jsonl", "--out", "earlier", "--val-docs", VAL_DOCS, *options, cwd=tmp_path)
+    done = run_script(
+        "--jsonl", "docs.jsonl", "--out", "earlier", "--val-docs", VAL_DOCS, *options, cwd=tmp_path
+    )
     assert_refused(done, *words)
     assert folder_bytes(earlier_set) == folder_bytes(made)
 
@@ -378,10 +456,16 @@ def test_write_that_fails_half_way_leaves_the_earlier_set(earlier_set, made, tex
     """A file-size limit stands in for a full disk: the tokenizer still fits, the training shard does not."""
     limit = 400_000
     done = run_script(
-        "--jsonl", write_jsonl(tmp_path / "docs.jsonl", texts * 20), "--out", earlier_set,
-        "--tokenizer", make_tokenizer(tmp_path / "other.model"), "--val-docs", VAL_DOCS,
+        "--jsonl",
+        write_jsonl(tmp_path / "docs.jsonl", texts * 20),
+        "--out",
+        earlier_set,
+        "--tokenizer",
+        make_tokenizer(tmp_path / "other.model"),
+        "--val-docs",
+        VAL_DOCS,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    )
     assert_refused(done, f"{earlier_set}: File too large")
     assert folder_bytes(earlier_set) == folder_bytes(made)
 
@@ -391,7 +475,9 @@ def test_shards_from_elsewhere_are_neither_mixed_nor_deleted(jsonl, tmp_path):
     (tmp_path / "fineweb_train_000079.bin").write_bytes(b"8 billion tokens")
     (tmp_path / "manifest.json").write_text('{"datasets": []}')
     before = folder_bytes(tmp_path)
-    done = run_script("--jsonl", jsonl, "--out", tmp_path, "--val-docs", VAL_DOCS, "--vocab-size", VOCAB)
+    done = run_script(
+        "--jsonl", jsonl, "--out", tmp_path, "--val-docs", VAL_DOCS, "--vocab-size", VOCAB
+    )
     assert_refused(done, str(tmp_path), "fineweb_train_000079.bin")
     assert folder_bytes(tmp_path) == before
 
@@ -399,7 +485,12 @@ def test_shards_from_elsewhere_are_neither_mixed_nor_deleted(jsonl, tmp_path):
 def test_vocabulary_must_fit_16_bits(jsonl, made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_shards, "MAX_VOCAB", VOCAB - 1)
     model = made / "tokenizer.model"
-    assert make_shards.main(["--jsonl", str(jsonl), "--out", str(tmp_path / "new"), "--tokenizer", str(model)]) == 1
+    assert (
+        make_shards.main(
+            ["--jsonl", str(jsonl), "--out", str(tmp_path / "new"), "--tokenizer", str(model)]
+        )
+        == 1
+    )
     assert f"found {VOCAB} pieces; expected at most {VOCAB - 1}" in capsys.readouterr().err
 
 
@@ -412,7 +503,11 @@ def shard_bytes(magic: int = 20240520, version: int = 1, count: int = 5, tokens:
 
 def test_good_shard_is_counted(tmp_path):
     (tmp_path / "a.bin").write_bytes(shard_bytes())
-    assert make_shards.shard_token_count(tmp_path / "a.bin") == make_shards.shard_token_count(f"{tmp_path}/a.bin") == 5
+    assert (
+        make_shards.shard_token_count(tmp_path / "a.bin")
+        == make_shards.shard_token_count(f"{tmp_path}/a.bin")
+        == 5
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ def reference_logits(model, cfg, ids):
         half = dim // 2
         angle = position / cfg.rope_base ** (torch.arange(half, dtype=torch.float64) * 2 / dim)
         x1, x2 = x[:half], x[half:]
-        return torch.cat((x1 * angle.cos() + x2 * angle.sin(), -x1 * angle.sin() + x2 * angle.cos()))
+        return torch.cat(
+            (x1 * angle.cos() + x2 * angle.sin(), -x1 * angle.sin() + x2 * angle.cos())
+        )
 
     def attend(n, i):
         q, k, v = (n @ w[f"blocks.{i}.attn.{name}.weight"].T for name in ("c_q", "c_k", "c_v"))
@@ -33,7 +35,9 @@ def reference_logits(model, cfg, ids):
             keys = [rope(norm(k[t, shared]), t) for t in range(len(n))]
             for t in range(len(n)):
                 query = rope(norm(q[t, span]), t) * w[f"blocks.{i}.attn.q_gain"][h]
-                weight = torch.stack([query @ key / math.sqrt(dim) for key in keys[: t + 1]]).softmax(0)
+                weight = torch.stack(
+                    [query @ key / math.sqrt(dim) for key in keys[: t + 1]]
+                ).softmax(0)
                 out[t, span] = weight @ v[: t + 1, shared]
         return out @ w[f"blocks.{i}.attn.proj.weight"].T
 
@@ -53,7 +57,9 @@ def reference_logits(model, cfg, ids):
     return cfg.logit_softcap * torch.tanh(norm(x) @ head.T / cfg.logit_softcap)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_layers": 4, "tie_embeddings": False, "mlp_mult": 3, "num_kv_heads": 4}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_layers": 4, "tie_embeddings": False, "mlp_mult": 3, "num_kv_heads": 4}]
+)
 def test_forward_follows_the_recipe(rt, settings):
     cfg = tiny_config(**settings)
     model = tiny_model(cfg, rt)
@@ -61,18 +67,32 @@ def test_forward_follows_the_recipe(rt, settings):
     targets = torch.randint(0, cfg.vocab_size, (2, 13))
     losses = model(ids, targets)
     for row in range(2):
-        expected = -reference_logits(model, cfg, ids[row]).log_softmax(-1)[torch.arange(13), targets[row]]
+        expected = -reference_logits(model, cfg, ids[row]).log_softmax(-1)[
+            torch.arange(13), targets[row]
+        ]
         torch.testing.assert_close(losses[row].double(), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_state_dict_has_the_published_names(rt):
     cfg = tiny_config(num_layers=2, tie_embeddings=False)
-    per_block = ["attn_scale", "mlp_scale", "resid_mix", "attn.q_gain", "attn.c_q.weight", "attn.c_k.weight",
-                 "attn.c_v.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight"]  # fmt: skip
+    per_block = [
+        "attn_scale",
+        "mlp_scale",
+        "resid_mix",
+        "attn.q_gain",
+        "attn.c_q.weight",
+        "attn.c_k.weight",
+        "attn.c_v.weight",
+        "attn.proj.weight",
+        "mlp.fc.weight",
+        "mlp.proj.weight",
+    ]
     names = {"tok_emb.weight", "skip_weights", "lm_head.weight"}
     names |= {f"blocks.{i}.{name}" for i in (0, 1) for name in per_block}
     assert set(tg.GPT(cfg, rt.dtype).state_dict()) == names
-    assert set(tg.GPT(tiny_config(num_layers=2), rt.dtype).state_dict()) == names - {"lm_head.weight"}
+    assert set(tg.GPT(tiny_config(num_layers=2), rt.dtype).state_dict()) == names - {
+        "lm_head.weight"
+    }
 
 
 def test_initial_weights(rt):
@@ -86,7 +106,9 @@ def test_initial_weights(rt):
     assert (w["blocks.1.attn.q_gain"] == 1.5).all() and (w["skip_weights"] == 1).all()
     assert (w["blocks.1.resid_mix"] == torch.tensor([[1.0], [0.0]])).all()
     untied = tg.GPT(tiny_config(tie_embeddings=False), torch.bfloat16).state_dict()
-    assert not untied["lm_head.weight"].any() and untied["tok_emb.weight"].float().std().item() > 0.9
+    assert (
+        not untied["lm_head.weight"].any() and untied["tok_emb.weight"].float().std().item() > 0.9
+    )
 
 
 @pytest.mark.parametrize("seed_used_before", [0, 5])
@@ -106,7 +128,9 @@ def test_positions_reach_the_head_alone(rt):
     ids, targets = torch.randint(0, 96, (3, 20)), torch.randint(0, 96, (3, 20))
     at = torch.tensor([[4, 5, 6], [0, 1, 2], [17, 18, 19]])
     full = model(ids, targets)
-    torch.testing.assert_close(model(ids, targets.gather(1, at), at), full.gather(1, at), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(ids, targets.gather(1, at), at), full.gather(1, at), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_future_is_invisible(rt):
@@ -125,7 +149,9 @@ def test_residual_stream_and_products_are_bf16_and_losses_fp32(monkeypatch):
     model = tiny_model(cfg, tg.Runtime(torch.device("cpu"), torch.bfloat16))
     seen = {"product": set()}
     block = model.blocks[1]
-    block.register_forward_hook(lambda module, args, out: seen.update(residual=(args[0].dtype, out.dtype)))
+    block.register_forward_hook(
+        lambda module, args, out: seen.update(residual=(args[0].dtype, out.dtype))
+    )
     project = tg.project
 
     def watched(x, weight, lora):
@@ -142,7 +168,10 @@ def test_residual_stream_and_products_are_bf16_and_losses_fp32(monkeypatch):
 def test_rope_tables_are_built_in_double_precision():
     cos, sin = tg.rope_tables(torch.arange(130_001), 64, 10000.0)
     exact = 130_000 * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
-    for row, expected in ((cos[130_000], (exact.cos(), exact.cos())), (sin[130_000], (exact.sin(), -exact.sin()))):
+    for row, expected in (
+        (cos[130_000], (exact.cos(), exact.cos())),
+        (sin[130_000], (exact.sin(), -exact.sin())),
+    ):
         torch.testing.assert_close(row.double(), torch.cat(expected), atol=1e-7, rtol=0)
 
 
@@ -155,7 +184,9 @@ def test_a_frozen_copy_scores_the_same_and_keeps_its_gains():
     assert torch.equal(copied(ids, ids.flip(0)), model(ids, ids.flip(0)))
     kept = {name for name, p in copied.named_parameters() if p.dtype is torch.float32}
     assert kept == {f"blocks.{i}.attn.q_gain" for i in range(3)}
-    assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in copied.parameters()) and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -168,8 +199,11 @@ def test_blocked_attention_is_attention(dtype, tolerance, length):
     for kind in (torch.float64, dtype):
         q, k, v = (tensor.to(kind).requires_grad_() for tensor in inputs)
         exact = kind is torch.float64
-        out = (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) if exact
-               else tg.causal_attention(q, k, v, block=16))  # fmt: skip
+        out = (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            if exact
+            else tg.causal_attention(q, k, v, block=16)
+        )
         results.append([out, *torch.autograd.grad((out * weight.to(kind)).sum(), (q, k, v))])
     for expected, ours in zip(*results, strict=True):
         assert ours.dtype is dtype

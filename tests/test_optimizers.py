@@ -17,9 +17,13 @@ def test_orthogonalize_against_float64(shape):
     matrix = torch.randn(shape)
     ours = tg.orthogonalize(matrix[None], 5)[0].double()
     left, before, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    inside = left.T @ ours @ right.T  # the result in the singular basis: diagonal if the vectors are the same
+    inside = (
+        left.T @ ours @ right.T
+    )  # the result in the singular basis: diagonal if the vectors are the same
     values = inside.diagonal()
-    lifted = values[before > 0.005 * matrix.norm()]  # five steps cannot lift what starts at almost nothing
+    lifted = values[
+        before > 0.005 * matrix.norm()
+    ]  # five steps cannot lift what starts at almost nothing
     assert len(lifted) > 60 and lifted.min() > 0.6 and values.max() < 1.3
     assert (inside - torch.diag(values)).abs().max() < 0.1
     exact = left @ right
@@ -66,15 +70,21 @@ def test_muon_follows_its_formula(rt):
 def test_matrices_of_a_shape_are_orthogonalised_together_as_each_alone():
     torch.manual_seed(0)
     for shape in ((5, 24, 16), (3, 16, 24), (4, 16, 16)):
-        batch = torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None, None]  # each has a norm of its own
+        batch = (
+            torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None, None]
+        )  # each has a norm of its own
         together = tg.orthogonalize(batch, 5)
         for alone, matrix in zip(together, batch, strict=True):
-            torch.testing.assert_close(alone, tg.orthogonalize(matrix[None], 5)[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                alone, tg.orthogonalize(matrix[None], 5)[0], atol=1e-5, rtol=1e-4
+            )
 
 
 def test_orthogonalize_works_in_the_dtype_it_is_given():
     batch = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
-    exact, rounded = (tg.orthogonalize(batch.to(dtype), 5) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        tg.orthogonalize(batch.to(dtype), 5) for dtype in (torch.float32, torch.bfloat16)
+    )
     assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(rounded.float(), exact, atol=0.06, rtol=0.06)
 
@@ -84,7 +94,9 @@ def test_muon_works_in_the_compute_dtype(dtype, monkeypatch):
     params, grads = muon_setup()
     exact, seen = tg.orthogonalize, set()
     monkeypatch.setattr(tg, "orthogonalize", lambda x, steps: seen.add(x.dtype) or exact(x, steps))
-    take_steps(tg.Muon(params, 0.02, 5, tg.Runtime(torch.device("cpu"), dtype)), params, grads, 1, 0.9)
+    take_steps(
+        tg.Muon(params, 0.02, 5, tg.Runtime(torch.device("cpu"), dtype)), params, grads, 1, 0.9
+    )
     assert seen == {dtype}
 
 
@@ -106,14 +118,18 @@ def test_muon_ranks_share_the_matrices(rt, monkeypatch, world):
 
         monkeypatch.setattr(ranked, "exchange", exchange)
         take_steps(tg.Muon(params, 0.02, 5, ranked), params, grads, 1, 0.9)
-        owned[rank] = torch.tensor([not torch.equal(p, b) for p, b in zip(params, before, strict=True)])
+        owned[rank] = torch.tensor(
+            [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+        )
         parts.append([p.detach() - b for p, b in zip(params, before, strict=True)])
     assert (owned.sum(0) == 1).all()
     loads = owned.double() @ torch.tensor([p.numel() for p in alone], dtype=torch.float64)
     assert loads.max() <= max(loads.sum() / world, loads.min()) + max(p.numel() for p in alone)
     start, _ = muon_setup()
     for j, p in enumerate(alone):
-        torch.testing.assert_close(p.detach(), start[j].detach() + sum(part[j] for part in parts), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            p.detach(), start[j].detach() + sum(part[j] for part in parts), atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -148,8 +164,12 @@ def test_adam_equals_that_of_torch():
     theirs = [torch.nn.Parameter(p.clone()) for p in ours]
     ours = [torch.nn.Parameter(p) for p in ours]
     groups = [[0, 1, 3], [2]]
-    mine = tg.Adam([{"params": [ours[i] for i in group], "lr": 0.0} for group in groups], (0.9, 0.95), 1e-8)
-    adam = torch.optim.Adam([{"params": [theirs[i] for i in group]} for group in groups], 0.0, (0.9, 0.95), fused=True)
+    mine = tg.Adam(
+        [{"params": [ours[i] for i in group], "lr": 0.0} for group in groups], (0.9, 0.95), 1e-8
+    )
+    adam = torch.optim.Adam(
+        [{"params": [theirs[i] for i in group]} for group in groups], 0.0, (0.9, 0.95), fused=True
+    )
     for lr in (0.1, 0.05, 0.01):
         for group in (*mine.param_groups, *adam.param_groups):
             group["lr"] = lr
@@ -169,7 +189,10 @@ def test_the_compiler_is_not_imported_by_a_run_that_does_not_compile():
     code += "a = tg.Adam([{'params': [m.bias], 'lr': 0.1}], (0.9, 0.95), 1e-8); m(torch.ones(1, 2)).sum().backward(); "
     code += "o.step(); a.step(); "
     code += "sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=tg.Path(tg.__file__).parent).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=tg.Path(tg.__file__).parent).returncode
+        == 0
+    )
 
 
 def test_a_forgotten_parameter_is_noticed(rt):
@@ -182,14 +205,18 @@ def test_a_forgotten_parameter_is_noticed(rt):
 
 def test_schedule_without_a_cap():
     cfg = tiny_config(iterations=100, warmdown_iters=40, max_wallclock_seconds=0.0)
-    assert [tg.schedule(step, 1e9, cfg)[0] for step in (0, 60, 80, 99, 100)] == pytest.approx([1, 1, 0.5, 0.025, 0])
+    assert [tg.schedule(step, 1e9, cfg)[0] for step in (0, 60, 80, 99, 100)] == pytest.approx(
+        [1, 1, 0.5, 0.025, 0]
+    )
     assert tg.schedule(50, 0, tiny_config(warmdown_iters=0, max_wallclock_seconds=10.0))[0] == 1
 
 
 def test_schedule_under_a_cap():
     """100 s at 1 s a step: the last 20 steps fall linearly; a slower pace starts earlier."""
     cfg = tiny_config(iterations=10**6, warmdown_iters=20, max_wallclock_seconds=100.0)
-    assert [tg.schedule(s, 1000.0 * s, cfg)[0] for s in (1, 79, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
+    assert [tg.schedule(s, 1000.0 * s, cfg)[0] for s in (1, 79, 80, 90, 100)] == pytest.approx(
+        [1, 1, 1, 0.5, 0]
+    )
     assert tg.schedule(30, 60_000, cfg)[0] == pytest.approx(1)
     assert tg.schedule(35, 70_000, cfg)[0] == pytest.approx(30 / 40)
     assert tg.schedule(0, 0, cfg)[0] == 1
@@ -197,5 +224,7 @@ def test_schedule_under_a_cap():
 
 def test_momentum_warms_up():
     cfg = tiny_config()
-    assert [tg.schedule(s, 0, cfg)[1] for s in (0, 250, 500, 9999)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert [tg.schedule(s, 0, cfg)[1] for s in (0, 250, 500, 9999)] == pytest.approx(
+        [0.85, 0.90, 0.95, 0.95]
+    )
     assert tg.schedule(0, 0, tiny_config(muon_momentum_warmup_steps=0))[1] == 0.95

@@ -21,14 +21,23 @@ def test_importing_does_nothing(tmp_path):
 
 def test_every_tensor_names_its_device(tmp_path, monkeypatch):
     """With meta as the default device, a tensor created without one has no data and breaks what touches it."""
-    env = TINY_RUN | {"OUT_DIR": str(tmp_path), "ITERATIONS": "2", "MAX_VAL_DOCS": "3", "GRAD_CLIP_NORM": "1"}
-    monkeypatch.setattr(tg.sys.stderr, "isatty", lambda: True, raising=False)  # progress bars ask the device, too
+    env = TINY_RUN | {
+        "OUT_DIR": str(tmp_path),
+        "ITERATIONS": "2",
+        "MAX_VAL_DOCS": "3",
+        "GRAD_CLIP_NORM": "1",
+    }
+    monkeypatch.setattr(
+        tg.sys.stderr, "isatty", lambda: True, raising=False
+    )  # progress bars ask the device, too
     torch.set_default_device("meta")
     try:
         cfg = tg.read_config(env)
         tg.run(cfg, tg.Runtime.create(cfg, {}))
         artifact = tmp_path / "final_model.int8.ptz"
-        cfg = tg.read_config(env | {"EVAL_ONLY": "1", "MODEL_PATH": str(artifact), "OUT_DIR": str(tmp_path)})
+        cfg = tg.read_config(
+            env | {"EVAL_ONLY": "1", "MODEL_PATH": str(artifact), "OUT_DIR": str(tmp_path)}
+        )
         tg.run(cfg, tg.Runtime.create(cfg, {}))
     finally:
         torch.set_default_device(None)
@@ -55,12 +64,20 @@ def test_a_file_is_replaced_and_never_written_into(tmp_path, rt):
     other.hardlink_to(path)
     with path.open("rb") as reader:
         rt.write(path, b"second")
-        assert (path.read_bytes(), other.read_bytes(), reader.read()) == (b"second", b"first", b"first")
+        assert (path.read_bytes(), other.read_bytes(), reader.read()) == (
+            b"second",
+            b"first",
+            b"first",
+        )
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True}, torch.float32),
+    ],
 )
 def test_dtype_is_what_the_processor_can_do(monkeypatch, flags, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
@@ -73,7 +90,9 @@ def test_dtype_is_what_the_processor_can_do(monkeypatch, flags, expected):
 def test_cuda_without_a_gpu_is_refused_in_one_line(tmp_path):
     done = run_script(tmp_path, DEVICE="cuda")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines() == ["error: DEVICE=cuda: 1 ranks on this machine, found 0 GPUs; start fewer ranks"]
+    assert done.stderr.splitlines() == [
+        "error: DEVICE=cuda: 1 ranks on this machine, found 0 GPUs; start fewer ranks"
+    ]
 
 
 def test_log_file_holds_source_versions_and_everything_printed(tmp_path):
@@ -81,7 +100,12 @@ def test_log_file_holds_source_versions_and_everything_printed(tmp_path):
     log = (tmp_path / "logs" / "test.txt").read_text()
     assert done.returncode == 0, done.stderr
     assert log.startswith(tg.source_code())
-    for part in (f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}", "config: ", "SEED=1337"):
+    for part in (
+        f"Running Python {sys.version}",
+        f"Running PyTorch {torch.__version__}",
+        "config: ",
+        "SEED=1337",
+    ):
         assert part in log
     assert log.endswith(done.stdout) and "\r" not in done.stdout + done.stderr
 
@@ -103,7 +127,11 @@ def test_an_unwritable_out_dir_is_refused(tmp_path):
     done = run_script(tmp_path, 2, OUT_DIR=str(tmp_path / "file"))
     assert done.returncode != 0 and done.stdout == ""
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Not a directory" in errors[0] and 'train_gpt.py", line' not in done.stderr
+    assert (
+        len(errors) == 1
+        and "Not a directory" in errors[0]
+        and 'train_gpt.py", line' not in done.stderr
+    )
 
 
 def test_average_of_one_rank_changes_nothing(rt):
@@ -121,7 +149,9 @@ def test_attention_equals_torch_s(length, kv_heads):
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     weight = torch.randn(shapes[0], dtype=torch.float64)
     ours = tg.causal_attention(*inputs)
-    torchs = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    torchs = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, is_causal=True, enable_gqa=True
+    )
     torch.testing.assert_close(ours, torchs, atol=1e-10, rtol=1e-10)
     grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, torchs)]
     torch.testing.assert_close(*grads, atol=1e-10, rtol=1e-10)

@@ -24,7 +24,9 @@ def make_trainer(cfg, rt, tokens=None, seed=0):
 def test_ten_golden_steps(rt):
     """The losses that this code printed when it agreed with the published one; a refactor must reproduce them."""
     env = {name: str(value) for name, value in GOLDEN["env"].items()}
-    cfg = tg.read_config(env | {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE)})
+    cfg = tg.read_config(
+        env | {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE)}
+    )
     state = tg.read_weights(CONFORMANCE / "init.pt")
     model = tg.GPT(tg.shape_from_weights(state, cfg, "init.pt"), rt.dtype)
     tg.copy_tensors(model.state_dict(), state, "init.pt")
@@ -60,20 +62,30 @@ def test_warm_up_leaves_no_trace(rt):
     for trainer in (plain, warmed):
         trainer.warm_up()
     assert (warmed.step, warmed.stream.position) == (0, 0)
-    assert [plain.train_step().item() for _ in range(3)] == [warmed.train_step().item() for _ in range(3)]
+    assert [plain.train_step().item() for _ in range(3)] == [
+        warmed.train_step().item() for _ in range(3)
+    ]
     after = [trainer.model.state_dict() for trainer in (plain, warmed)]
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
 
 
 def test_accumulation_averages_over_the_whole_batch(rt):
     """Gradient and loss of a step are those of the mean over all its tokens, however it is cut into micro-steps."""
-    cfg = tiny_config(train_batch_tokens=256, train_seq_len=32, grad_accum_steps=4, matrix_lr=0.0, scalar_lr=0.0,
-                      tied_embed_lr=0.0)  # fmt: skip
+    cfg = tiny_config(
+        train_batch_tokens=256,
+        train_seq_len=32,
+        grad_accum_steps=4,
+        matrix_lr=0.0,
+        scalar_lr=0.0,
+        tied_embed_lr=0.0,
+    )
     trainer = make_trainer(cfg, rt)
     spans = [trainer.stream.read(i * 65, 65) for i in range(4)]
     seen = {}
     named = dict(trainer.model.named_parameters())
-    trainer.model.zero_grad = lambda set_to_none: seen.update({name: p.grad.clone() for name, p in named.items()})
+    trainer.model.zero_grad = lambda set_to_none: seen.update(
+        {name: p.grad.clone() for name, p in named.items()}
+    )
     loss = trainer.train_step()
     torch.nn.Module.zero_grad(trainer.model)
     x = torch.stack([torch.from_numpy(s[:-1]).view(2, 32) for s in spans]).view(8, 32)
@@ -116,7 +128,13 @@ def test_rates_follow_the_schedule(rt):
     for _ in range(10):
         trainer.train_step()
         muon, adam = trainer.optimizers
-        seen.append((muon.param_groups[0]["lr"], adam.param_groups[0]["lr"], muon.param_groups[0]["momentum"]))
+        seen.append(
+            (
+                muon.param_groups[0]["lr"],
+                adam.param_groups[0]["lr"],
+                muon.param_groups[0]["momentum"],
+            )
+        )
     scales = [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     assert [s[0] for s in seen] == pytest.approx([0.04 * s for s in scales])
     assert [s[1] for s in seen] == pytest.approx([0.05 * s for s in scales])
@@ -125,9 +143,15 @@ def test_rates_follow_the_schedule(rt):
 
 def share_on(rank, world, folder):
     """A rank of `test_shares_of_any_size`: five tensors, of any shape and dtype, one not rank 0's, none the last's."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
     rt = tg.Runtime(CPU, torch.float32, rank, world)
-    shares = [[torch.full((2, 3), rank + 1.0), torch.full((1,), 10.0 * rank)], [torch.full((4,), rank - 1.0)], []]
+    shares = [
+        [torch.full((2, 3), rank + 1.0), torch.full((1,), 10.0 * rank)],
+        [torch.full((4,), rank - 1.0)],
+        [],
+    ]
     shares[0] += [torch.full((7,), rank + 1.0, dtype=torch.bfloat16), torch.tensor(rank + 1.0)]
     rt.average(shares)
     averaged = copy.deepcopy(shares)
@@ -145,9 +169,17 @@ def test_shares_of_any_size(tmp_path):
     for rank in range(3):
         averaged, shared = torch.load(tmp_path / f"{rank}.pt")
         for owner in range(3):
-            for tensor, mean, final in zip(averaged[owner], means[owner], shared[owner], strict=True):
-                assert torch.equal(tensor, mean) == (owner == rank or rank == 1) and torch.equal(final, mean)
-                assert (tensor.dtype, tensor.shape) == (final.dtype, final.shape) == (mean.dtype, mean.shape)
+            for tensor, mean, final in zip(
+                averaged[owner], means[owner], shared[owner], strict=True
+            ):
+                assert torch.equal(tensor, mean) == (owner == rank or rank == 1) and torch.equal(
+                    final, mean
+                )
+                assert (
+                    (tensor.dtype, tensor.shape)
+                    == (final.dtype, final.shape)
+                    == (mean.dtype, mean.shape)
+                )
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +188,18 @@ def checkpoints(tmp_path_factory):
     held = {}
     for world in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"ranks{world}")
-        settings = dict(GRAD_ACCUM_STEPS=str(6 // world), TRAIN_BATCH_TOKENS=str(6 * 64), TRAIN_SEQ_LEN="32")
-        settings |= dict(ITERATIONS="3", CHECKPOINT_EVERY="3", GRAD_CLIP_NORM="0.3", MUON_MOMENTUM_WARMUP_STEPS="0")
-        settings |= dict(DTYPE="float32", EVAL="flat", MAX_VAL_DOCS="1", WARMUP_STEPS="0", MODEL_DIM="32")
+        settings = dict(
+            GRAD_ACCUM_STEPS=str(6 // world), TRAIN_BATCH_TOKENS=str(6 * 64), TRAIN_SEQ_LEN="32"
+        )
+        settings |= dict(
+            ITERATIONS="3",
+            CHECKPOINT_EVERY="3",
+            GRAD_CLIP_NORM="0.3",
+            MUON_MOMENTUM_WARMUP_STEPS="0",
+        )
+        settings |= dict(
+            DTYPE="float32", EVAL="flat", MAX_VAL_DOCS="1", WARMUP_STEPS="0", MODEL_DIM="32"
+        )
         done = run_script(folder, ranks=world if world > 1 else 0, **settings)
         assert done.returncode == 0, done.stderr
         held[world] = tg.load_state(folder / "checkpoints" / "test.step000000003.pt")
@@ -169,10 +210,15 @@ def checkpoints(tmp_path_factory):
 def test_any_number_of_ranks_trains_alike(checkpoints, world):
     """Weights, momentum of every matrix and Adam's moments: those of one rank, up to the order of sums."""
     alone, shared = checkpoints[1], checkpoints[world]
-    assert alone["identity"] == shared["identity"] and alone["tensors"].keys() == shared["tensors"].keys()
+    assert (
+        alone["identity"] == shared["identity"]
+        and alone["tensors"].keys() == shared["tensors"].keys()
+    )
     for name, tensor in alone["tensors"].items():
         assert name.endswith("skip_weights") or tensor.any() or "model." in name, name
-        tolerance = 0.05 if tensor.dtype is torch.bfloat16 else 0.02  # since the embedding and all updates are rounded
+        tolerance = (
+            0.05 if tensor.dtype is torch.bfloat16 else 0.02
+        )  # since the embedding and all updates are rounded
         difference = (tensor.float() - shared["tensors"][name].float()).abs().max()
         assert difference <= tolerance * tensor.float().abs().max(), name
 
@@ -201,13 +247,19 @@ def test_log_lines_to_the_character(rt, monkeypatch, capsys, tmp_path):
     _, lines = run_train(cfg, rt, monkeypatch, capsys, tmp_path)
     steps = [int(line.split("/")[0].removeprefix("step:")) for line in lines]
     assert steps == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 12]
-    assert lines[0] == "step:0/14 val_loss:2.0000 val_bpb:0.7213 train_time:1000ms step_avg:1000.00ms"
-    assert lines[1].startswith("step:1/14 train_loss:") and lines[1].endswith("train_time:2000ms step_avg:2000.00ms")
+    assert (
+        lines[0] == "step:0/14 val_loss:2.0000 val_bpb:0.7213 train_time:1000ms step_avg:1000.00ms"
+    )
+    assert lines[1].startswith("step:1/14 train_loss:") and lines[1].endswith(
+        "train_time:2000ms step_avg:2000.00ms"
+    )
     assert lines[8].startswith("step:7/14 val_loss:2.0000 val_bpb:0.7213 train_time:")
 
 
 def test_wallclock_cap_stops_and_says_so(rt, monkeypatch, capsys, tmp_path):
-    cfg = tiny_config(iterations=1000, max_wallclock_seconds=5.0, val_loss_every=0, train_log_every=0)
+    cfg = tiny_config(
+        iterations=1000, max_wallclock_seconds=5.0, val_loss_every=0, train_log_every=0
+    )
     trainer, lines = run_train(cfg, rt, monkeypatch, capsys, tmp_path)
     assert trainer.step == 5
     assert lines == ["stopping_early: wallclock_cap train_time:6000ms step:5/1000"]
@@ -247,19 +299,29 @@ def test_without_compiling_the_model_itself_runs(rt):
 def test_compiling_is_for_trainings_that_repay_it(rt, monkeypatch):
     """On a CPU: two minutes and 200 steps; COMPILE=0 and 1 are obeyed."""
     for seconds, steps, compile, wanted in (
-        (0.0, 199, "auto", False), (0.0, 200, "auto", True), (119.0, 10**6, "auto", False), (120.0, 200, "auto", True),
-        (600.0, 10**6, "0", False), (1.0, 1, "1", True),
-    ):  # fmt: skip
+        (0.0, 199, "auto", False),
+        (0.0, 200, "auto", True),
+        (119.0, 10**6, "auto", False),
+        (120.0, 200, "auto", True),
+        (600.0, 10**6, "0", False),
+        (1.0, 1, "1", True),
+    ):
         cfg = tiny_config(max_wallclock_seconds=seconds, iterations=steps, compile=compile)
         model, asked = tiny_model(cfg, rt), []
-        monkeypatch.setattr(torch, "compile", lambda model, asked=asked, **options: asked.append(options) or model)
+        monkeypatch.setattr(
+            torch, "compile", lambda model, asked=asked, **options: asked.append(options) or model
+        )
         tg.compile_forward(model, cfg, rt)
         assert bool(asked) == wanted
 
 
 def test_training_lowers_the_loss(rt, tmp_path):
     """Real steps on a predictable stream."""
-    shard = tg.open_shard(write_shard(tmp_path / "fineweb_train_000000.bin", [1, *[7, 8, 9, 10] * 2000]))
-    trainer = make_trainer(tiny_config(iterations=40, warmdown_iters=0), tg.Runtime(CPU, torch.bfloat16), shard)
+    shard = tg.open_shard(
+        write_shard(tmp_path / "fineweb_train_000000.bin", [1, *[7, 8, 9, 10] * 2000])
+    )
+    trainer = make_trainer(
+        tiny_config(iterations=40, warmdown_iters=0), tg.Runtime(CPU, torch.bfloat16), shard
+    )
     losses = [trainer.train_step().item() for _ in range(40)]
     assert losses[-1] < 0.3 < losses[0]
