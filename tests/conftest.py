@@ -130,10 +130,8 @@ def tiny_config(**settings):
 
 def tiny_condition(cfg, learn=True, stream=False, **settings):
     """Chunks of 8 in windows of 24, the recipe's adapters or none, with or without a memory in place of windows."""
-    targets = ("c_q", "c_v", "lm_head") if learn else ()
-    how = tg.Condition(
-        8, 24, cfg.ttt_batch_size, targets, cfg.ttt_lora_rank, cfg.ttt_lora_lr, stream=stream
-    )
+    learner = tg.Learner(("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr)
+    how = tg.Condition(8, 24, cfg.ttt_batch_size, learner if learn else None, stream=stream)
     return replace(how, **settings)
 
 

@@ -27,10 +27,8 @@ def artifact():
     }
     cfg = tg.read_config(env)
     rt = tg.Runtime(CPU, tg.choose_dtype(cfg)[0])
-    cfg, weights, _, docs, _ = tg.load_inputs(cfg, rt)
-    model = tg.GPT(cfg, rt.dtype)
-    tg.copy_tensors(model.state_dict(), weights, "artifact")
-    return model, docs, cfg, rt
+    inputs = tg.load_inputs(cfg, rt, tg.RunLog())
+    return inputs.model, inputs.docs, inputs.model.cfg, rt
 
 
 def test_counts(artifact):
@@ -48,7 +46,7 @@ def test_ladder(artifact, name, tolerance):
     tolerance += 0.0005 * (
         rt.dtype == torch.float32
     )  # published scores are of bf16, which not every CPU can multiply
-    score = tg.evaluate(model, docs, tg.ladder(docs, cfg, rt)[name], cfg, rt)
+    score = tg.evaluate(model, docs, tg.ladder(docs, cfg, rt)[name], rt)
     draws = SCORES["flat_seq_len_512" if name == "flat" else name]
     assert score.bpb == pytest.approx(sum(bpb for _, bpb in draws) / len(draws), abs=tolerance)
     assert score.loss == pytest.approx(

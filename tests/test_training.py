@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,11 +28,9 @@ def test_ten_golden_steps(rt):
     cfg = tg.read_config(
         env | {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(CONFORMANCE)}
     )
-    state = tg.read_weights(CONFORMANCE / "init.pt")
-    model = tg.GPT(tg.shape_from_weights(state, cfg, "init.pt"), rt.dtype)
-    tg.copy_tensors(model.state_dict(), state, "init.pt")
-    stream = tg.TokenStream(tg.open_shards(str(CONFORMANCE), "fineweb_train_*.bin"))
-    trainer = tg.Trainer(model, stream, cfg, rt, {})
+    model = tg.load_model(CONFORMANCE / "init.pt", replace(cfg, dtype="float32"))
+    stream = tg.TokenStream(tg.open_shards(str(CONFORMANCE), "train"))
+    trainer = tg.Trainer(model, stream, rt, tg.RunLog(), {})
     losses = [trainer.train_step().item() for _ in range(10)]
     assert losses == pytest.approx(GOLDEN["train_loss"], abs=GOLDEN["tolerance"])
 
