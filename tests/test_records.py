@@ -50,21 +50,19 @@ def digest(content):
 
 def scores_rows(conditions, seed):
     """Rows of a scores file: losses fall along a document, and from one condition to the next."""
-    rng = np.random.default_rng(seed)
     for rank, condition in enumerate(conditions):
         if condition == "flat":
             yield condition, -1, 0, 0, BEFORE, 11, 30.5
         for doc, length in enumerate(DOCUMENTS):
             for chunk, start in enumerate(range(0, length, CHUNK)):
                 tokens = min(CHUNK, length - start)
-                gain = rank * (0.02 + 0.03 * math.log1p(start / 256))
-                loss = 2.9 - gain + 0.01 * rng.standard_normal()
+                loss = 2.9 + math.sin(seed) / 100 - 0.03 * rank * math.log1p(start / 64)
                 yield condition, doc, chunk, start, tokens, int(2.5 * tokens), tokens * loss
 
 
 def training_lines(seed, steps):
     for step in [*range(1, 11), *range(50, steps, 50)]:
-        loss = 2.6 + 4.3 * math.exp(-step / 150) + 0.4 * math.sin(step * seed)
+        loss = 2.6 + math.exp(-step / 150) + 0.4 * math.sin(step * seed)
         yield f"step:{step}/20000 train_loss:{loss:.4f} train_time:{145 * step}ms step_avg:145.00ms"
 
 
@@ -180,50 +178,50 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def log(runs):
+    """The second of these logs, with seed 1337, as it is read."""
+    return run_log.read_log(runs[1])
+
+
+@pytest.fixture(scope="module")
+def rows(runs, log):
+    """Its scores, the text before the first document left out."""
+    rows = plot.read_scores(runs[1].with_name("scores1337.csv"), log)
+    return rows[rows["doc"] >= 0]
+
+
+@pytest.fixture(scope="module")
 def record(runs, tmp_path_factory):
-    """A record of them; nobody changes it."""
+    """A record of the three; nobody changes it."""
     return make_record.make_record("try-1", 1.6, runs, tmp_path_factory.mktemp("records"))
 
 
 # --- Logs ---
 
 
-def test_a_log_says_what_was_written(runs):
-    log = run_log.read_log(runs[1])
+def test_a_log_says_what_was_written(runs, log):
     expected = {
         "source": SOURCE,
         "attempts": 1,
         "partial": False,
         "hardware": "AMD EPYC, 2 cores, 2 threads",
         "started": "2026-11-28T16:03:11Z",
-        "versions": "python:3.11.2 torch:2.13.0+cpu numpy:2.4.6 sentencepiece:0.2.3",
-        "preset": "cpu",
-        "device": "cpu",
         "world_size": 2,
         "dtype": "torch.bfloat16",
-        "script_hash": digest(SOURCE.encode()),
         "tokenizer_hash": "a" * 64,
         "val_hashes": {"fineweb_val_000000.bin": "b" * 64},
         "artifact_hash": digest(b"weights"),
         "causal": ("ttt",),
-        "validation": (run_log.Point(1207, 2.8, 145 * 1207),),
+        "validation": (run_log.Point(1207, 2.8, 175015),),
         "sizes": run_log.Sizes(1443071, CODE, 1443071 + CODE, 16000000),
     }
     assert vars(log) | expected == vars(log)
     assert log.seed == 1337 and log.config["DATA_PATH"] == "my files/data/demo"
-    assert log.command.startswith("DATA_PATH='my files/data/demo' OUT_DIR=")
     assert log.command.endswith(" torchrun --standalone --nproc_per_node=2 train_gpt.py")
-    assert [result.condition for result in log.results] == [*LADDER]
     assert log.results[0].tokens == TARGETS and log.score.bytes == TEXT
     assert len(log.training) == 34 and log.training[10].step == 50
     scores = runs[1].with_name("scores1337.csv")
     assert log.scores == (str(scores), digest(scores.read_bytes()))
-
-
-@pytest.mark.parametrize("conditions", [("flat",), ("ttt", "flat"), (*LADDER, "new")])
-def test_eval_says_which_results_a_log_has(tmp_path, conditions):
-    log = run_log.read_log(write_run(tmp_path, conditions=conditions))
-    assert [result.condition for result in log.results] == list(conditions)
 
 
 def test_what_the_program_may_print_is_read(tmp_path):
@@ -244,16 +242,17 @@ def test_what_the_program_may_print_is_read(tmp_path):
 
 DOC = r'^(result: .*"doc".*'  # the result of this condition
 UNTRUSTWORTHY = {
-    "no hash": (r"^sha256 script:.*\n", "", "0 lines 'sha256 script:'"),
+    "source": (
+        r"^sha256 script:.*",
+        "sha256 script:x",
+        f"{digest(SOURCE.encode())}, of the source",
+    ),
     "no start": (r"^started:.*\n", "", "0 lines 'started:'"),
-    "no hardware": (r"^hardware:.*\n", "", "0 lines 'hardware: '"),
     "no shard": (r"^sha256 val:.*\n", "", "one for each validation shard"),
     "shard twice": (r"^(sha256 val:.*\n)", r"\1\1", "two hashes of fineweb_val_000000.bin"),
     "quotes": (r"(config:.*)'my files/data/demo'", r"\1'my files", "quoted as for a shell"),
-    "no EVAL": (r" EVAL=\S+", "", "EVAL=None"),
     "odd seed": (r" SEED=\d+", " SEED=x", "SEED=x"),
     "command's seed": (r"^(command:.*) SEED=\d+", r"\1 SEED=9", "found SEED=9; expected SEED=1338"),
-    "unknown setting": (r"^command:", "command: LUCK=1", "found LUCK=1; expected LUCK=None"),
     "launcher": (r"^(command:.*) train_gpt.py", r"\1 other.py", "train_gpt"),
     "ranks": (r"world_size:2", "world_size:8", "world_size:8"),
     "device": (r"device:cpu", "device:cuda:0", "DEVICE=cuda; expected DEVICE=cpu"),
@@ -262,17 +261,13 @@ UNTRUSTWORTHY = {
     "cap unsaid": (r"^stopping_early.*\n", "", "after step 20000, where training ended"),
     "steps fall": (r"^(step:50/.*\n)(step:100/.*\n)", r"\2\1", "expected steps that rise"),
     "no result": (DOC + r"\n)", "", "results of 'flat,stride,ttt'; expected one for each"),
-    "two results": (DOC + r"\n)", r"\1\1", "results of 'flat,doc,doc,stride,ttt'"),
     "order": (r"EVAL=flat,doc", "EVAL=doc,flat", "'doc,flat,stride,ttt', in that order"),
     "no JSON": (DOC + "\\}$)", r"\1}", "a JSON object with the keys condition, val_loss,"),
-    "no object": (DOC + ")$", "result: 3", "a JSON object with the keys condition, val_loss,"),
-    "other keys": (DOC + '), "seconds": [^,]*', r"\1", "'result: {"),
     "other type": (DOC + r'"tokens": \d+)', r"\1.0", "tokens of the type int"),
     "nan": (DOC + r'"val_loss": )[^,]+', r"\1NaN", "a finite val_loss"),
     "bits": (DOC + r'"val_bpb": )[^,]+', r"\g<1>1.5", "val_bpb:1.5; expected "),
     "no bytes": (DOC + r'"bytes": )\d+', r"\g<1>0", "bytes above 0"),
     "bytes audit": (r"^(audit bytes.*) PASS", r"\1 FAIL", "PASS at its end"),
-    "no bytes audit": (r"^audit bytes.*\n", "", "0 lines 'audit bytes: '"),
     "other text": (r"^(audit bytes.*text_bytes:)\d+", r"\g<1>9", "as many bytes in the table"),
     "no coverage": (r"^audit coverage: condition:ttt.*\n", "", "0 lines 'audit coverage: cond"),
     "covered": (r"(condition:ttt.* scored_once:)\d+", r"\g<1>9", "expected scored_once:16090"),
@@ -280,8 +275,6 @@ UNTRUSTWORTHY = {
     "model size": (r"^(Serialized model int8\+zlib:) \d+", r"\1 5", "expected model 5 + source"),
     "total size": (r"^submission_size:\d+", "submission_size:5", "found submission_size:5; "),
     "verdict": (r"^(submission_size.*) PASS", r"\1 FAIL", "FAIL; expected headroom:"),
-    "headroom": (r"^(submission_size.*headroom:)\d+", r"\g<1>9", "found headroom:9 PASS"),
-    "no artifact": (r"^sha256 artifact:.*\n", "", "0 lines 'sha256 artifact:'"),
     "failed": (r"^Serialized model int8(.|\n)*", "error: disk full", "'error: disk full'"),
     "stopped": (r"^scores:.*", "stopped by SIGTERM", "'stopped by SIGTERM'; expected"),
     "killed": (r"^step:400(.|\n)*", "", "found results of ''; expected one for each"),
@@ -298,12 +291,6 @@ def test_a_log_that_cannot_be_trusted_is_refused(runs, tmp_path, case):
     line = refusal(run_log.read_log, path)
     assert line.startswith(f"{path}: attempt:1: found ") and "; expected " in line
     assert message in line
-
-
-def test_a_source_that_was_edited_is_refused(runs, tmp_path):
-    path = tmp_path / "run.txt"
-    path.write_text(runs[0].read_text().replace("rms_norm", "rms_nomr"))
-    assert "of the source at the head" in refusal(run_log.read_log, path)
 
 
 def test_two_runs_in_one_log_and_no_log_are_refused(runs, tmp_path):
@@ -370,7 +357,6 @@ def test_attempts_that_did_not_come_far_are_passed_over(tmp_path):
 DISAGREE = {
     "setting": (r"^(config:.*SEED)=1337", r"\1=9", "found SEED 9; expected 1337, as in attempt:2"),
     "command": (r"^command: ", "command: COMPILE=0 ", "found 'command: ' COMPILE=0 "),
-    "versions": (r"numpy:2.4.6", "numpy:2.4.5", "numpy:2.4.5"),
     "hardware": (r"^hardware: AMD", "hardware: Intel", "found 'hardware: ' Intel"),
     "ranks": (r"world_size:2", "world_size:4", "found 'preset:' cpu device:cpu world_size:4"),
     "tokenizer": (r"^(sha256 tokenizer:)a", r"\1b", "found 'sha256 tokenizer:' b"),
@@ -411,16 +397,13 @@ def test_statistics_of_the_published_runs():
 @pytest.mark.filterwarnings("error")
 def test_equal_scores_have_a_p_value():
     assert stats.summarize([1.1, 1.1, 1.1], 1.2) == stats.Summary(3, 1.1, 0.0, 1.2, 0.0)
-    assert stats.summarize([1.1, 1.1, 1.1], 1.1).p_value == 1.0
-    assert stats.summarize([1.1, 1.1], 1.0).p_value == 1.0
+    assert stats.summarize([1.1, 1.1], 1.1).p_value == 1.0
 
 
-@pytest.mark.parametrize("arguments", [["1.1"], ["1.1", "nan"], ["1.1", "inf"]])
-def test_statistics_refuse_in_one_line(capsys, arguments):
-    assert stats.main([*arguments, "--threshold", "1.2"]) == 1
-    out, err = capsys.readouterr()
-    assert not out and re.fullmatch(r"error: found .*; expected .*\n", err)
-    assert stats.main(["1.1", "1.2", "--threshold", "nan"]) == 1
+@pytest.mark.parametrize("values", [["1.1"], ["1.1", "nan"], ["1.1", "inf"]])
+def test_statistics_refuse_in_one_line(capsys, values):
+    assert stats.main([*values, "--threshold", "1.2"]) == 1
+    assert re.fullmatch(r"error: found .*; expected .*\n", capsys.readouterr().err)
 
 
 # --- Pictures ---
@@ -439,26 +422,22 @@ def run_plot(log, out, scores=None):
     return plot.main([str(scores), str(log), "--out", str(out)])
 
 
-def test_plot_draws_a_run(runs, tmp_path):
-    scores = runs[1].with_name("scores1337.csv")
-    command = [sys.executable, ROOT / "records/plot.py", scores, runs[1], "--out", tmp_path]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert_pictures(tmp_path, "ladder.png", "position.png", "training.png")
-
-
 @pytest.mark.parametrize("conditions", [("flat",), ("ttt", "new", "doc")])
 def test_plot_draws_any_conditions_of_a_short_run(tmp_path, conditions):
-    log = write_run(tmp_path, conditions=conditions, MAX_VAL_DOCS="6")
-    edit(log, r"^(?!result: )(.+)$", r"\1 partial")
-    assert run_log.read_log(log).partial
-    assert run_plot(log, tmp_path / "out") == 0
+    path = write_run(tmp_path, conditions=conditions, MAX_VAL_DOCS="6")
+    edit(path, r"^(?!result: )(.+)$", r"\1 partial")
+    log = run_log.read_log(path)
+    assert log.partial and tuple(result.condition for result in log.results) == conditions
+    assert run_plot(path, tmp_path / "out") == 0
     assert_pictures(tmp_path / "out", "ladder.png", "position.png", "training.png")
 
 
 def test_plot_draws_an_evaluation_without_training(tmp_path):
     log = write_run(tmp_path, EVAL_ONLY="1", MODEL_PATH="final_model.int8.ptz")
     edit(log, r"^(step:|stopping|Serialized).*\n", "")
-    assert run_plot(log, tmp_path / "out") == 0
+    scores = tmp_path / "scores1337.csv"
+    command = [sys.executable, ROOT / "records/plot.py", scores, log, "--out", tmp_path / "out"]
+    assert subprocess.run(command).returncode == 0
     assert_pictures(tmp_path / "out", "ladder.png", "position.png")
 
 
@@ -507,15 +486,13 @@ def test_positions_divide_sums_by_sums():
     two = (0, 0, 0, 100, 200, 80.0), (1, 0, 0, 100, 400, 100.0)
     rows = score_rows(*two, (1, 1, 100, 50, 100, 30.0))
     position, bits = plot.bits_by_position(rows, np.array([0, 50, 100, 200]))
-    assert bits == pytest.approx([180 / 600 / math.log(2), 30 / 100 / math.log(2)])
+    assert bits * math.log(2) == pytest.approx([180 / 600, 30 / 100])
     assert position == pytest.approx([50, 125])
-    weighted, _ = plot.bits_by_position(rows, np.array([0]))
-    assert weighted == pytest.approx([(600 * 50 + 100 * 125) / 700])
+    position, _ = plot.bits_by_position(rows, np.array([0]))
+    assert position == pytest.approx((600 * 50 + 100 * 125) / 700)
 
 
-def test_bins_of_positions_hold_enough_text_and_lose_none(runs):
-    rows = plot.read_scores(runs[1].with_name("scores1337.csv"), run_log.read_log(runs[1]))
-    rows = rows[rows["doc"] >= 0]
+def test_bins_of_positions_hold_enough_text_and_lose_none(rows):
     edges = plot.position_edges(rows)
     held = np.histogram(rows["start"], [*edges, 10**9], weights=rows["bytes"])[0]
     assert sum(held) == rows["bytes"].sum() and len(held) > 8
@@ -529,15 +506,12 @@ def test_too_little_text_at_the_end_joins_the_bin_before():
     assert plot.position_edges(rows).tolist() == [0, 100]
 
 
-def test_text_before_the_first_document_has_no_position(runs):
-    log = run_log.read_log(runs[1])
-    rows = plot.read_scores(runs[1].with_name("scores1337.csv"), log)
-    lines = plot.position_figure(rows, log).axes[0].lines
-    inside = rows[rows["doc"] >= 0]
-    edges = plot.position_edges(inside)
-    for line, condition in zip(lines, LADDER, strict=True):
-        expected = plot.bits_by_position(inside[inside["condition"] == condition], edges)
-        assert np.array_equal(line.get_xydata(), np.transpose(expected))
+def test_text_before_the_first_document_has_no_position(runs, log, rows):
+    every = plot.read_scores(runs[1].with_name("scores1337.csv"), log)
+    line = plot.position_figure(every, log).axes[0].lines[0]
+    flat = rows[rows["condition"] == "flat"]
+    expected = plot.bits_by_position(flat, plot.position_edges(rows))
+    assert np.array_equal(line.get_xydata(), np.transpose(expected))
 
 
 def test_a_running_mean_looks_no_further_than_half_way_to_the_start():
@@ -571,35 +545,37 @@ def test_a_record_holds_what_checks_its_number(runs, record):
         "condition": "ttt",
         "val_bpb": round(summary.mean, 6),
         "bytes_total": 1441734 + 1339 + CODE,
-        "bytes_code": CODE,
-        "bytes_model": 1441734 + 1339,
     }
     assert facts | expected == facts
     assert facts["statistics"]["p_value"] == pytest.approx(summary.p_value, rel=1e-5)
-    for seed, log in zip(facts["seeds"], logs, strict=True):
-        assert seed["seed"] == log.seed and seed["steps"] == log.validation[-1].step
-        assert seed["val_bpb"] == round(log.score.val_bpb, 6)
+    seeds = [(seed["seed"], seed["steps"]) for seed in facts["seeds"]]
+    assert seeds == [(1337, 1207), (1338, 1208), (1339, 1209)]
     readme = (record / "README.md").read_text()
     texts = [f"**{summary.mean:.4f}**", "| 1.1910 | -0.0368 |", "demo corpus on a CPU"]
     for text in [*texts, *(log.command for log in logs)]:
         assert text in readme
 
 
-def test_a_resumed_run_belongs_to_a_record(runs, tmp_path):
-    resumed = interrupt(write_run(tmp_path, 5))
-    folder = make_record.make_record("x", 1.6, [runs[0], resumed], tmp_path)
+def test_a_record_of_a_resumed_run_that_read_its_data_elsewhere(
+    runs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(make_record, "RECORDS", tmp_path)
+    paths = dict(DATA_PATH="/mnt/data/demo", TOKENIZER_PATH="/mnt/tokenizer.model")
+    logs = [str(runs[0]), str(interrupt(write_run(tmp_path, 5, **paths)))]
+    assert make_record.main(["--name", "x", "--threshold", "1.6", "--logs", *logs]) == 0
+    folder = tmp_path / "track_cpu" / "2026-11-28_x"
+    assert capsys.readouterr().out == f"record:{folder}\n"
     make_record.verify(folder)
     assert "| [5](seed5.txt) | 2026-11-28T16:03:11Z | 2 |" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("change", ["missing", "edited"])
 def test_a_record_without_its_scores_file_shows_no_positions(tmp_path, change):
-    runs = [write_run(tmp_path / "runs", seed) for seed in (10, 9)]
-    scores = tmp_path / "runs" / "scores9.csv"
+    runs = [write_run(tmp_path, seed) for seed in (10, 9)]
+    scores = tmp_path / "scores9.csv"
     scores.unlink() if change == "missing" else scores.write_text("condition\n")
     folder = make_record.make_record("x", 1.6, runs, tmp_path)
-    assert not (folder / "position.png").exists()
-    assert "position" not in (folder / "README.md").read_text()
+    assert_pictures(folder, "ladder.png", "training.png")
     make_record.verify(folder)
 
 
@@ -614,58 +590,37 @@ TAMPERED = {
 }
 
 
-def tamper(folder, name, pattern, new):
-    text, count = re.subn(pattern, new, (folder / name).read_text(), count=1)
-    assert count
-    (folder / name).write_text(text)
-
-
-@pytest.mark.parametrize("case", TAMPERED)
-def test_a_record_that_was_tampered_with_is_refused(record, tmp_path, case):
-    folder = shutil.copytree(record, tmp_path / record.parent.name / record.name)
-    make_record.verify(folder)
-    tamper(folder, *TAMPERED[case])
-    assert str(folder) in refusal(make_record.verify, folder)
-
-
-def test_new_hashes_do_not_help_a_number_that_was_edited(record, tmp_path):
-    folder = shutil.copytree(record, tmp_path / record.parent.name / record.name)
-    log = folder / "seed1338.txt"
-    before = digest(log.read_bytes())
-    edit(log, "val_loss:2.8000", "val_loss:2.7000")  # which is printed once
-    edit(log, "step:1208/", "step:1209/")
-    tamper(folder, "submission.json", before, digest(log.read_bytes()))
-    assert "does not follow from the logs" in refusal(make_record.verify, folder)
-
-
 OLD = ROOT / "records/track_cpu" / make_record.OLD_RECORDS[0]
 
 
-@pytest.mark.parametrize("case", ["log", "script"])
-def test_an_old_record_is_held_to_its_hashes(tmp_path, case):
-    folder = shutil.copytree(OLD, tmp_path / OLD.name)
+@pytest.fixture
+def copies(record, tmp_path):
+    """Copies of a new and of an old record, by whether it is old."""
+    return {
+        old: shutil.copytree(folder, tmp_path / folder.parent.name / folder.name)
+        for old, folder in ((False, record), (True, OLD))
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "old"), [*((case, False) for case in TAMPERED), ("log", True), ("script", True)]
+)
+def test_a_record_that_was_tampered_with_is_refused(copies, case, old):
+    folder = copies[old]
     make_record.verify(folder)
-    tamper(folder, *TAMPERED[case])
-    line = refusal(make_record.verify, folder)
-    assert line.startswith(f"{folder / TAMPERED[case][0]}: found sha256 ") and "; expected" in line
-
-
-CHANGES = {
-    "no picture": lambda folder: (folder / "ladder.png").unlink(),
-    "notes": lambda folder: (folder / "notes.md").write_text("x"),
-    "other picture": lambda folder: (folder / "other.png").write_text("x"),
-    "no log": lambda folder: (folder / "seed1339.txt").unlink(),
-    "other name": lambda folder: (folder / "seed1339.txt").rename(folder / "seed9.txt"),
-}
+    name, pattern, new = TAMPERED[case]
+    text, count = re.subn(pattern, new, (folder / name).read_text(), count=1)
+    assert count
+    (folder / name).write_text(text)
+    assert str(folder) in refusal(make_record.verify, folder)
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_record_with_files_too_many_or_too_few_is_refused(record, tmp_path, case, old):
-    record = OLD if old else record
-    folder = shutil.copytree(record, tmp_path / record.parent.name / record.name)
-    CHANGES[case](folder)
-    assert f"{folder}: found the files " in refusal(make_record.verify, folder)
+@pytest.mark.parametrize("name", ["ladder.png", "seed1339.txt", "notes.md", "other.png"])
+def test_a_record_with_files_too_many_or_too_few_is_refused(copies, name, old):
+    path = copies[old] / name
+    path.unlink() if path.exists() else path.write_text("x")
+    assert f"{copies[old]}: found the files " in refusal(make_record.verify, copies[old])
 
 
 def test_a_record_in_another_place_is_refused(record, tmp_path):
@@ -694,8 +649,7 @@ TRACK = {
 
 
 @pytest.mark.parametrize("track", TRACK)
-def test_the_track_follows_from_the_log(runs, track):
-    log = run_log.read_log(runs[0])
+def test_the_track_follows_from_the_log(log, track):
     for case in TRACK[track]:
         facts = dict(case)
         data = facts.pop("data", "data/demo")
@@ -704,13 +658,12 @@ def test_the_track_follows_from_the_log(runs, track):
         assert make_record.track_of(replace(log, config=config, **facts)) == track, case
 
 
-def test_the_date_is_that_of_the_last_start(runs):
-    logs = [run_log.read_log(path) for path in runs]
-    logs[0] = replace(logs[0], started="2026-11-29T00:00:01Z")
-    assert make_record.date_of(logs) == "2026-11-29"
+def test_the_date_is_that_of_the_last_start(log):
+    later = replace(log, started="2026-11-29T00:00:01Z")
+    assert make_record.date_of([log, later, log]) == "2026-11-29"
 
 
-SHORT = run_log.Result("flat", 3.0, 2.0, 6, TARGETS - 1, TEXT, 1.0, False)
+SHORT = run_log.Result("flat", 3.0, 2.0, 6, 1, 1, 1.0, False)
 LATE = run_log.Point(10, 3.0, 1450)
 NO_RECORD = {
     "a partial run": dict(partial=True),
@@ -727,52 +680,47 @@ NO_RECORD = {
     "versions x; expected": dict(versions="x"),
     "world_size 4; expected 2": dict(world_size=4),
     "dtype torch.float32; expected": dict(dtype="torch.float32"),
-    f"(tokens, bytes) of condition:flat ({TARGETS - 1}, ": dict(results=(SHORT,), causal=("flat",)),
+    "(tokens, bytes) of condition:doc None": dict(results=(SHORT,), causal=("flat",)),
 }
 NO_SETTINGS = {
     "MODEL_PATH=first.pt": dict(MODEL_PATH="first.pt"),
     "ITERATIONS 5; expected 20000": dict(ITERATIONS="5"),
     "NEW 1; expected None": dict(NEW="1"),
     "track track_non_record_16mb; expected": dict(DATA_PATH="/mnt/shards"),
-    "SEED=1338 again": dict(SEED="1338"),
+    "SEED=1337 again": dict(SEED="1337"),
 }
 
 
 @pytest.mark.parametrize("message", [*NO_RECORD, *NO_SETTINGS])
-def test_runs_that_are_no_record_are_refused(runs, message):
-    logs = [run_log.read_log(path) for path in runs]
-    config = logs[2].config | NO_SETTINGS.get(message, {})
-    logs[2] = replace(logs[2], config=config, **NO_RECORD.get(message, {}))
-    line = refusal(make_record.check_runs, logs)
+def test_runs_that_are_no_record_are_refused(runs, log, message):
+    odd = run_log.read_log(runs[2])
+    config = odd.config | NO_SETTINGS.get(message, {})
+    odd = replace(odd, config=config, **NO_RECORD.get(message, {}))
+    line = refusal(make_record.check_runs, [log, odd])
     assert line.startswith(f"{runs[2]}: found {message}") and "; expected " in line
 
 
-@pytest.mark.parametrize("change", ['("ttt".*"partial": )false', "(MAX_VAL_DOCS=)0"])
-def test_a_partial_run_is_no_record(runs, tmp_path, refuse, change):
-    odd = write_run(tmp_path, 1339)
-    edit(odd, change, r"\g<1>true" if "ttt" in change else r"\g<1>6")
-    assert f"{odd}: found a partial run" in refuse([*runs[:2], odd])
-
-
-def refused_record(capsys, monkeypatch, records, logs, name="x", threshold="1.6"):
-    """The line with which the command refuses to make a record; nothing is written."""
-    records.mkdir(exist_ok=True)
-    monkeypatch.setattr(make_record, "RECORDS", records)
-    before = sorted(records.rglob("*"))
-    arguments = ["--name", name, "--threshold", threshold, "--logs", *map(str, logs)]
-    assert make_record.main(arguments) == 1
-    out, err = capsys.readouterr()
-    assert not out and err.startswith("error: ") and err.count("\n") == 1
-    assert sorted(records.rglob("*")) == before
-    return err
+def test_one_partial_result_makes_a_run_partial(tmp_path):
+    path = write_run(tmp_path)
+    edit(path, r'("doc".*"partial": )false', r"\1true")
+    assert run_log.read_log(path).partial
 
 
 @pytest.fixture
 def refuse(capsys, monkeypatch, tmp_path):
-    """`refused_record` below a folder of its own."""
-    return lambda logs, **more: refused_record(
-        capsys, monkeypatch, tmp_path / "records", logs, **more
-    )
+    """Returns the line with which the command refuses to make a record; nothing is written."""
+
+    def run(logs, name="x", threshold="1.6", records=tmp_path):
+        monkeypatch.setattr(make_record, "RECORDS", records)
+        before = sorted(records.rglob("*"))
+        arguments = ["--name", name, "--threshold", threshold, "--logs", *map(str, logs)]
+        assert make_record.main(arguments) == 1
+        out, err = capsys.readouterr()
+        assert not out and err.startswith("error: ") and err.count("\n") == 1
+        assert sorted(records.rglob("*")) == before
+        return err
+
+    return run
 
 
 def test_an_artifact_over_the_budget_is_drawn(tmp_path):
@@ -783,24 +731,15 @@ def test_an_artifact_over_the_budget_is_drawn(tmp_path):
     assert plot.draw([run_log.read_log(path)], None).keys() == {"ladder.png", "training.png"}
 
 
-def test_the_same_shards_may_lie_elsewhere(runs, tmp_path):
-    paths = dict(DATA_PATH="/mnt/data/demo", TOKENIZER_PATH="/mnt/tokenizer.model")
-    other = write_run(tmp_path, 5, **paths)
-    make_record.verify(make_record.make_record("x", 1.6, [runs[0], other], tmp_path))
-
-
 def ladder_rows(log, *ladders):
     """The lines of the ladder's table for runs with these (condition, val_loss, val_bpb)."""
-    logs = []
-    for ladder in ladders:
-        results = [run_log.Result(*scores, 1, 1, 1, 1.0, False) for scores in ladder]
-        logs.append(replace(log, results=tuple(results)))
-    return make_record.ladder_table(logs).split("\n")
+    results = [[run_log.Result(*scores, 1, 1, 1, 1.0, False) for scores in one] for one in ladders]
+    return make_record.ladder_table([replace(log, results=one) for one in results]).split("\n")
 
 
-def test_the_ladder_in_a_readme(runs):
+def test_the_ladder_in_a_readme(log):
     table = ladder_rows(
-        run_log.read_log(runs[1]),
+        log,
         [("flat", 2.7, 1.61), ("ttt", 2.5, 1.54), ("new", 2.4, 1.5)],
         [("flat", 2.8, 1.63), ("ttt", 2.6, 1.56), ("new", 2.4, 1.5)],
     )
@@ -811,15 +750,14 @@ def test_the_ladder_in_a_readme(runs):
     assert table[4] == "| new | 2.4000 | **1.5000** | -0.1200 | 0.0000 | 1.5000 | 1.5000 |  |  |"
 
 
-def test_published_deltas_start_where_ours_do(runs):
-    log, ttt = run_log.read_log(runs[1]), ("ttt", 2.5, 1.54)
-    assert ladder_rows(log, [("doc", 2.7, 1.6), ttt])[3].endswith("| 1.1910 | -0.0258 |")
-    assert ladder_rows(log, [("new", 2.7, 1.6), ttt])[3].endswith("| 1.1910 |  |")
+@pytest.mark.parametrize(("start", "delta"), [("doc", "-0.0258"), ("new", "")])
+def test_published_deltas_start_where_ours_do(log, start, delta):
+    table = ladder_rows(log, [(start, 2.7, 1.6), ("ttt", 2.5, 1.54)])
+    assert table[3].endswith(f"| 1.1910 | {delta} |")
 
 
 WRONG = [
     (dict(name="a/b"), 3, "--name: found 'a/b'"),
-    (dict(name=""), 3, "--name: found ''"),
     (dict(name="x\n"), 3, "--name: found 'x\\n'"),
     (dict(threshold="nan"), 3, "found nan"),
     ({}, 1, "found 1 value"),
@@ -831,19 +769,13 @@ def test_wrong_arguments_are_refused(runs, refuse, arguments, count, message):
     assert message in refuse(runs[:count], **arguments)
 
 
-def test_a_record_is_never_replaced(runs, record, capsys, monkeypatch):
-    line = refused_record(capsys, monkeypatch, record.parent.parent, runs, name="try-1")
+def test_a_record_is_never_replaced(runs, record, refuse):
+    line = refuse(runs, name="try-1", records=record.parent.parent)
     assert f"{record}: found an earlier record" in line
 
 
 def test_a_log_that_is_missing_is_named(runs, tmp_path, refuse):
     assert f"{tmp_path / 'no.txt'}: No such file" in refuse([runs[0], tmp_path / "no.txt"])
-
-
-def test_the_command_prints_where_the_record_is(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(make_record, "RECORDS", tmp_path)
-    assert make_record.main(["--name", "x", "--threshold", "1.6", "--logs", *map(str, runs)]) == 0
-    assert capsys.readouterr().out == f"record:{tmp_path / 'track_cpu' / '2026-11-28_x'}\n"
 
 
 # --- The program's own logs ---
@@ -856,17 +788,16 @@ def test_real_runs_become_a_record(tmp_path):
     (data / "fineweb_train_000000.bin").symlink_to(CONFORMANCE / "fineweb_train_000000.bin")
     tokens = tg.open_shard(CONFORMANCE / "fineweb_val_000000.bin")[:4000]
     write_shard(data / "fineweb_val_000000.bin", tokens)
-    settings = dict(MAX_VAL_DOCS=None, EVAL="flat,doc,stride,ttt", SCORES_PATH="scores.csv")
+    settings = dict(EVAL="flat,doc,stride,ttt", SCORES_PATH="scores.csv", ITERATIONS="3")
+    settings |= dict(MAX_VAL_DOCS=None, DATA_PATH=str(data))
     paths = []
     for seed in ("1", "2"):
         out = tmp_path / seed
         out.mkdir()
-        done = run_script(out, ITERATIONS="3", DATA_PATH=str(data), SEED=seed, **settings)
+        done = run_script(out, SEED=seed, **settings)
         assert not done.returncode, done.stderr
         paths.append(out / "logs" / "test.txt")
-    logs = [run_log.read_log(path) for path in paths]
-    assert [log.seed for log in logs] == [1, 2] and logs[0].score.condition in logs[0].causal
-    rows = plot.read_scores(tmp_path / "1" / "scores.csv", logs[0])
+    rows = plot.read_scores(tmp_path / "1" / "scores.csv", run_log.read_log(paths[0]))
     assert not (rows["start"] % 64).any() and rows["tokens"].max() == 64
     folder = make_record.make_record("tiny", 5.0, paths, tmp_path)
     make_record.verify(folder)
