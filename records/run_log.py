@@ -33,6 +33,8 @@ LABELS = {
 }
 # Commands may give these values; the line `config:` has what the program chose instead.
 CHOSEN = {("PRESET", "auto"), ("DEVICE", "auto"), ("GRAD_ACCUM_STEPS", "0")}
+# In these, attempts at one run may differ: the log's own name may be given to go on with it.
+RESUMING = ("RESUME", "RUN_ID")
 HASH = r"([0-9a-f]{64})"
 LAUNCHER = r"(?:torchrun --standalone --nproc_per_node=(\d+)|python) train_gpt\.py"
 # The settings that the tools use, as the program spells them.
@@ -298,15 +300,17 @@ def identity(attempt: Attempt) -> dict[str, str]:
         facts[f"sha256 of {shard}"] = shard_hash
     for text in attempt.all("config: "):
         facts |= attempt.settings(text)
+    for name in RESUMING:
+        facts.pop(name, None)
     for command in attempt.all("command: "):
         words = attempt.words(command)
-        facts["'command: '"] = shlex.join(w for w in words if not w.startswith("RESUME="))
-    facts.pop("RESUME", None)
+        kept = [word for word in words if word.split("=")[0] not in RESUMING]
+        facts["'command: '"] = shlex.join(kept)
     return facts
 
 
 def check_same_run(attempts: Sequence[Attempt]) -> None:
-    """Refuse attempts that differ from the last in more than RESUME."""
+    """Refuse attempts that differ from the last in more than RESUME and RUN_ID."""
     last = attempts[-1]
     expected = identity(last)
     for attempt in attempts[:-1]:

@@ -36,9 +36,8 @@ Running PyTorch 2.13.0
 8 x NVIDIA H100
 | NVIDIA-SMI 570.86 |
 |===================|"""
-DEFAULTS = (
-    "PRESET=cpu DEVICE=cpu EVAL_ONLY=0 MODEL_PATH='' ITERATIONS=20000 MAX_VAL_DOCS=0 RESUME=''"
-)
+DEFAULTS = "PRESET=cpu DEVICE=cpu EVAL_ONLY=0 MODEL_PATH='' ITERATIONS=20000 MAX_VAL_DOCS=0"
+DEFAULTS += " RESUME='' RUN_ID=''"
 
 
 def digest(content):
@@ -156,8 +155,9 @@ def interrupt(path, killed=700, resumed=500):
     if resumed:
         line = f"resume:out/x.500.pt step:{resumed}/20000 train_time:{145 * resumed}ms\n"
         training = re.sub(rf"^(.*\n)*step:{resumed}/.*\n", "", training)
-    second = opening.replace("attempt:1", "attempt:2").replace("RESUME=''", "RESUME=auto")
-    second = second.removeprefix("\n").replace("command: ", "command: RESUME=auto ")
+    second = opening.removeprefix("\n").replace("attempt:1", "attempt:2")
+    second = second.replace("RESUME='' RUN_ID=''", "RESUME=auto RUN_ID=x")
+    second = second.replace("command: ", "command: RESUME=auto RUN_ID=x ")
     path.write_text(head + RULE + opening + first + second + line + training, encoding="utf-8")
     return path
 
