@@ -270,7 +270,7 @@ UNTRUSTWORTHY = {
     "bytes audit": (r"^(audit bytes.*) PASS", r"\1 FAIL", "PASS at its end"),
     "other text": (r"^(audit bytes.*text_bytes:)\d+", r"\g<1>9", "as many bytes in the table"),
     "no coverage": (r"^audit coverage: condition:ttt.*\n", "", "0 lines 'audit coverage: cond"),
-    "covered": (r"(condition:ttt.* scored_once:)\d+", r"\g<1>9", "expected scored_once:16090"),
+    "covered": (r"(:ttt.*once:)16090 (.*bos:)7", r"\g<1>16089 \g<2>8", "scored_once:16090"),
     "left out": (r"(condition:ttt.* after_last_row:)\d+", r"\g<1>9", "all other targets left out"),
     "model size": (r"^(Serialized model int8\+zlib:) \d+", r"\1 5", "expected model 5 + source"),
     "total size": (r"^submission_size:\d+", "submission_size:5", "found submission_size:5; "),
