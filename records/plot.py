@@ -2,8 +2,8 @@
 
     python records/plot.py out/demo/scores.csv out/demo/logs/x.txt --out pictures
 
-writes ladder.png, position.png and training.png. The scores file must be that run's: its sums are checked against the
-ladder lines of the log before anything is drawn.
+writes ladder.png, position.png and training.png. The scores file must be that run's: its sums are
+checked against the results in the log before anything is drawn.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from run_log import LABELS, RunLog, half_digit, read_log, run_command
+from run_log import LABELS, Result, RunLog, read_log, run_command
 
 COLUMNS = [
     ("condition", "U32"),
@@ -29,15 +29,11 @@ COLUMNS = [
     ("bytes", "i8"),
     ("loss_nats", "f8"),
 ]
-INK, QUIET, FAINT = "#22262b", "#6b7280", "#e3e6ea"
-COLOURS = (
-    "#9aa3ad",
-    "#6aa9d8",
-    "#2b6cab",
-    "#d9622b",
-    "#4b9b6e",
-    "#8a63b0",
-)  # by place in the ladder, again from there
+INK = "#22262b"
+QUIET = "#6b7280"
+FAINT = "#e3e6ea"
+# By place in the ladder, and again from the first one.
+COLOURS = ("#9aa3ad", "#6aa9d8", "#2b6cab", "#d9622b", "#4b9b6e", "#8a63b0")
 STYLE = {
     "axes.edgecolor": QUIET,
     "axes.labelcolor": QUIET,
@@ -49,144 +45,169 @@ STYLE = {
     "xtick.color": QUIET,
     "ytick.color": QUIET,
 }
-LEAST_SHARE = 0.08  # of a condition's bytes in each point of position.png: a few long documents shall make no zigzag
+# Of a condition's bytes in each point of position.png: a few long documents must not make a zigzag.
+LEAST_SHARE = 0.08
 
 
-# --- Scores ----------------------------------------------------------------------------------------------------------
+# --- Scores ---
 
 
 def read_scores(path: Path, log: RunLog) -> np.ndarray:
-    """The rows of a scores file, one for each condition, document and piece. `ValueError` unless they are the run's."""
+    """Return the rows of a scores file, one for each condition, document and chunk.
+
+    Raises `ValueError` unless they are the rows of this run.
+    """
+    columns = ",".join(name for name, _ in COLUMNS)
     try:
         with open(path, encoding="utf-8") as file:
             header = file.readline().strip()
-            if header != ",".join(name for name, _ in COLUMNS):
-                raise ValueError(f"the header {header!r}; expected the columns of SCORES_PATH")
+            if header != columns:
+                raise ValueError(f"the header {header!r}; expected {columns}")
             rows = np.loadtxt(file, dtype=COLUMNS, delimiter=",", ndmin=1)
     except ValueError as error:
         raise ValueError(f"{path}: found {error}") from None
-    found, expected = (
-        list(dict.fromkeys(rows["condition"].tolist())),
-        [rung.condition for rung in log.ladder],
-    )
+    found = list(dict.fromkeys(rows["condition"].tolist()))
+    expected = [result.condition for result in log.results]
     if found != expected:
         raise ValueError(f"{path}: found conditions {found}; expected {expected}, as in {log.path}")
-    for rung in log.ladder:
-        mine = rows[rows["condition"] == rung.condition]
-        tokens, count, nats = (mine[name].sum() for name in ("tokens", "bytes", "loss_nats"))
-        same_loss = (
-            abs(nats / tokens - float(rung.val_loss)) <= float(half_digit(rung.val_loss)) + 1e-12
-        )
-        if (tokens, count) != (rung.tokens, rung.bytes) or not same_loss:
-            raise ValueError(
-                f"{path}: found condition:{rung.condition} tokens:{tokens} bytes:{count} val_loss:{nats / tokens:.6f}; "
-                f"expected tokens:{rung.tokens} bytes:{rung.bytes} val_loss:{rung.val_loss}, as in {log.path}"
-            )
+    for result in log.results:
+        try:
+            check_sums(rows[rows["condition"] == result.condition], result)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}, as in {log.path}") from None
     return rows
 
 
-def position_edges(rows: np.ndarray) -> np.ndarray:
-    """First positions of bins, as close as LEAST_SHARE of all bytes in each allows.
+def check_sums(rows: np.ndarray, result: Result) -> None:
+    """Refuse rows of a condition that do not add up to its result. `ValueError`."""
+    tokens = rows["tokens"].sum()
+    size = rows["bytes"].sum()
+    loss = rows["loss_nats"].sum() / tokens
+    same_loss = abs(loss - result.val_loss) <= 1e-6
+    if tokens != result.tokens or size != result.bytes or not same_loss:
+        found = f"tokens:{tokens} bytes:{size} val_loss:{loss:.6f}"
+        expected = f"tokens:{result.tokens} bytes:{result.bytes} val_loss:{result.val_loss:.6f}"
+        raise ValueError(f"found condition:{result.condition} {found}; expected {expected}")
 
-    Under every condition a row is a piece of TTT_CHUNK_SIZE predictions that starts at a multiple of it, or the shorter
-    end of a document: one set of bins serves them all, and no row lies in two.
+
+def position_edges(rows: np.ndarray) -> np.ndarray:
+    """Return the first positions of bins, as close as LEAST_SHARE of all bytes in each allows.
+
+    Under every condition a row starts at a multiple of TTT_CHUNK_SIZE and is at most that long: one
+    set of bins serves them all, and no row lies in two.
     """
     starts, places = np.unique(rows["start"], return_inverse=True)
-    least, edges, held = LEAST_SHARE * rows["bytes"].sum(), [0], 0.0
-    for start, count in zip(starts, np.bincount(places, weights=rows["bytes"]), strict=True):
+    sizes = np.bincount(places, weights=rows["bytes"])
+    least = LEAST_SHARE * rows["bytes"].sum()
+    edges = [0]
+    held = 0.0
+    for start, size in zip(starts, sizes, strict=True):
         if held >= least:
             edges.append(start)
             held = 0.0
-        held += count
-    return np.array(
-        edges if held >= least else edges[:-1]
-    )  # too little text at the end belongs to the bin before
+        held += size
+    if held < least:
+        edges.pop()  # too little text at the end belongs to the bin before
+    return np.array(edges)
 
 
 def bits_by_position(rows: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean position in tokens, bits per byte) of each bin that holds text.
+    """Return (mean position in tokens, bits per byte) of each bin that holds text.
 
-    Bits per byte is the sum of all nats / ln 2, divided by the sum of all bytes; bytes weigh the positions too.
+    Bits per byte is the sum of all nats / ln 2, divided by the sum of all bytes; the mean position
+    is weighted by bytes, too.
     """
-    places, middles = np.digitize(rows["start"], edges) - 1, rows["start"] + rows["tokens"] / 2
-    parts = rows["bytes"], rows["bytes"] * middles, rows["loss_nats"]
-    count, position, nats = (np.bincount(places, weights=part) for part in parts)
-    full = count > 0
-    return position[full] / count[full], nats[full] / math.log(2) / count[full]
+    bins = np.digitize(rows["start"], edges) - 1
+    middles = rows["start"] + rows["tokens"] / 2
+    sizes = np.bincount(bins, weights=rows["bytes"])
+    positions = np.bincount(bins, weights=rows["bytes"] * middles)
+    nats = np.bincount(bins, weights=rows["loss_nats"])
+    full = sizes > 0
+    sizes = sizes[full]
+    return positions[full] / sizes, nats[full] / math.log(2) / sizes
 
 
-# --- Pictures --------------------------------------------------------------------------------------------------------
+# --- Pictures ---
 
 
 def new_figure(
     title: str, note: str, logs: Sequence[RunLog], box: tuple[float, float, float]
 ) -> tuple[Figure, Axes]:
-    """A figure 8 inches wide with a headline and a quiet line below it that says what is drawn.
+    """Return a figure 8 inches wide with a headline and a quiet line that says what is drawn.
 
-    box is (space left of the axes, space right of them, their height) in inches.
+    box: (space left of the axes, space right of them, their height) in inches.
     """
-    left, right, tall = box
-    high = tall + 1.65
-    figure = Figure(figsize=(8, high))
-    axes = figure.add_axes((left / 8, 0.7 / high, (8 - left - right) / 8, tall / high))
-    note += "; partial run, no score" if any(log.partial for log in logs) else ""
-    figure.text(0.25 / 8, 1 - 0.42 / high, title, size=14, weight="bold")
-    figure.text(0.25 / 8, 1 - 0.68 / high, note, size=9.5, color=QUIET)
+    left, right, axes_height = box
+    height = axes_height + 1.65
+    figure = Figure(figsize=(8, height))
+    bottom = 0.7 / height
+    width = (8 - left - right) / 8
+    axes = figure.add_axes((left / 8, bottom, width, axes_height / height))
+    if any(log.partial for log in logs):
+        note += "; partial run, no score"
+    figure.text(0.25 / 8, 1 - 0.42 / height, title, size=14, weight="bold")
+    figure.text(0.25 / 8, 1 - 0.68 / height, note, size=9.5, color=QUIET)
     return figure, axes
 
 
-def seeds_note(logs: Sequence[RunLog]) -> str:
-    """Which runs a picture shows."""
+def name_seeds(logs: Sequence[RunLog]) -> str:
+    """Return which runs a picture shows."""
     return f"seed {logs[0].seed}" if len(logs) == 1 else f"{len(logs)} seeds"
 
 
-def ladder_figure(logs: Sequence[RunLog]) -> Figure:
-    """Each condition's bits per byte, mean over the runs, as a bar from the score of the first condition.
+def write_in_row(axes: Axes, text: str, side: int, row: int, shift: tuple, **style) -> None:
+    """Write a text beside a row of the ladder.
 
-    The length of such a bar is the gain, so that it is honest on an axis that does not start at zero.
+    side: 0 left of the axes, 1 right of them. shift: (x, y) in points from there.
     """
-    conditions = [rung.condition for rung in logs[0].ladder]
-    scores = np.array([[float(rung.val_bpb) for rung in log.ladder] for log in logs])
-    means, spread, first = scores.mean(0), scores.std(0), scores[:, 0].mean()
-    shown = (
-        seeds_note(logs)
-        if len(logs) == 1
-        else f"mean and standard deviation of {seeds_note(logs)} (circles)"
-    )
+    style |= {"textcoords": "offset points", "va": "center_baseline"}
+    place = axes.get_yaxis_transform()
+    axes.annotate(text, (side, row), shift, xycoords=place, **style)
+
+
+def draw_condition(axes: Axes, row: int, condition: str, scores: np.ndarray, first: float) -> None:
+    """Draw one row of the ladder: a bar from `first`, a circle for each run's score, and texts."""
+    mean = scores.mean()
+    several = len(scores) > 1
+    label = LABELS.get(condition)
+    quiet = {"color": QUIET, "size": 8.5}
+    colour = COLOURS[row % len(COLOURS)]
+    axes.barh(row, mean - first, left=first, height=0.5, color=colour)
+    circles = {"color": "white", "markeredgecolor": INK, "markersize": 5}
+    axes.plot(scores, [row] * len(scores), "o", **circles)
+    write_in_row(axes, condition, 0, row, (-144, 6 if label else 0), weight="bold")
+    if label:
+        write_in_row(axes, label, 0, row, (-144, -8), **quiet)
+    write_in_row(axes, f"{mean:.4f}", 1, row, (14, 6 if several else 0), weight="bold")
+    if several:
+        write_in_row(axes, f"±{scores.std():.4f}", 1, row, (14, -8), **quiet)
+    if row > 0:
+        gain = f"{mean - first:+.4f}".replace("-", "−")
+        write_in_row(axes, gain, 1, row, (66, 0))
+
+
+def ladder_figure(logs: Sequence[RunLog]) -> Figure:
+    """Return each condition's bits per byte, mean over the runs, as a bar from the first score.
+
+    The length of such a bar is the gain, so it is honest on an axis that does not start at zero.
+    """
+    conditions = [result.condition for result in logs[0].results]
+    scores = np.array([[result.val_bpb for result in log.results] for log in logs])
+    first = scores[:, 0].mean()
+    shown = name_seeds(logs)
+    if len(logs) > 1:
+        shown = f"mean and standard deviation of {shown} (circles)"
     note = f"lower is better; bars start at the score of {conditions[0]}; {shown}"
-    figure, axes = new_figure(
-        "What each condition gains", note, logs, (2.25, 1.75, 0.62 * len(conditions))
-    )
+    box = (2.25, 1.75, 0.62 * len(conditions))
+    figure, axes = new_figure("What each condition gains", note, logs, box)
     axes.axvline(first, color=QUIET, linewidth=1, zorder=0)
-    for row, (condition, mean) in enumerate(zip(conditions, means, strict=True)):
-        axes.barh(row, mean - first, left=first, height=0.5, color=COLOURS[row % len(COLOURS)])
-        axes.plot(
-            scores[:, row], [row] * len(logs), "o", color="white", markeredgecolor=INK, markersize=5
-        )
-        side = {
-            "xycoords": axes.get_yaxis_transform(),
-            "textcoords": "offset points",
-            "va": "center_baseline",
-        }
-        axes.annotate(
-            condition, (0, row), (-144, 6 if condition in LABELS else 0), weight="bold", **side
-        )
-        axes.annotate(
-            LABELS.get(condition, ""), (0, row), (-144, -8), color=QUIET, size=8.5, **side
-        )
-        axes.annotate(
-            f"{mean:.4f}", (1, row), (14, 0 if len(logs) == 1 else 6), weight="bold", **side
-        )
-        if len(logs) > 1:
-            axes.annotate(f"±{spread[row]:.4f}", (1, row), (14, -8), color=QUIET, size=8.5, **side)
-        if row:
-            axes.annotate(f"{mean - first:+.4f}".replace("-", "−"), (1, row), (66, 0), **side)
+    for row, condition in enumerate(conditions):
+        draw_condition(axes, row, condition, scores[:, row], first)
     axes.set_ylim(len(conditions) - 0.5, -0.5)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.use_sticky_edges = (
-        False  # bars would pull the axis in to where they start, through the middle of a circle
-    )
+    # Sticky bars would end the axis where they start, through the middle of a circle.
+    axes.use_sticky_edges = False
     axes.margins(x=0.06)
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("bits per byte (the axis does not start at 0)")
@@ -194,18 +215,20 @@ def ladder_figure(logs: Sequence[RunLog]) -> Figure:
 
 
 def position_figure(rows: np.ndarray, log: RunLog) -> Figure:
-    """Bits per byte against the position in the document, one line for each condition."""
+    """Return bits per byte against the position in the document, one line for each condition."""
     rows = rows[rows["doc"] >= 0]  # text before the first document has no position in one
-    note = f"{seeds_note([log])}; documents pooled, each point about {LEAST_SHARE:.0%} of the text or more"
-    figure, axes = new_figure(
-        "Bits per byte by position in the document", note, [log], (0.9, 1, 3.3)
-    )
-    ends, edges = [], position_edges(rows)
-    for index, rung in enumerate(log.ladder):
-        colour, mine = COLOURS[index % len(COLOURS)], rows[rows["condition"] == rung.condition]
+    edges = position_edges(rows)
+    share = f"each point about {LEAST_SHARE:.0%} of the text or more"
+    note = f"{name_seeds([log])}; documents pooled, {share}"
+    title = "Bits per byte by position in the document"
+    figure, axes = new_figure(title, note, [log], (0.9, 1, 3.3))
+    ends = []
+    for index, result in enumerate(log.results):
+        mine = rows[rows["condition"] == result.condition]
         x, y = bits_by_position(mine, edges)
+        colour = COLOURS[index % len(COLOURS)]
         axes.plot(x, y, color=colour, linewidth=2, marker="o", markersize=4)
-        ends.append((x[-1], y[-1], rung.condition, colour))
+        ends.append((x[-1], y[-1], result.condition, colour))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("predictions since the start of the document")
@@ -216,72 +239,78 @@ def position_figure(rows: np.ndarray, log: RunLog) -> Figure:
 
 
 def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each line's name beside its last point (x, y, name, colour), moved apart where names would touch."""
+    """Write each line's name beside its last point, moved apart where names would touch.
+
+    ends: (x, y, name, colour) of each line.
+    """
     low, high = axes.get_ylim()
-    gap, above = 0.055 * (high - low), -math.inf
+    gap = 0.055 * (high - low)
+    previous = -math.inf
+    style = {"textcoords": "offset points", "weight": "bold", "va": "center_baseline"}
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        above = max(y, above + gap)
-        axes.annotate(
-            name,
-            (x, above),
-            (9, 0),
-            textcoords="offset points",
-            color=colour,
-            weight="bold",
-            va="center_baseline",
-        )
+        height = max(y, previous + gap)
+        axes.annotate(name, (x, height), (9, 0), color=colour, **style)
+        previous = height
+
+
+def draw_training(axes: Axes, log: RunLog) -> None:
+    """Draw the losses of one run: single steps, their running mean, and the validations."""
+    steps = np.array([point.step for point in log.training])
+    losses = np.array([point.loss for point in log.training])
+    trend = running_mean(steps, losses, log.validation[-1].step)
+    dots = {"alpha": 0.25, "markersize": 3.5, "markeredgewidth": 0}
+    axes.plot(steps, losses, "o", color=COLOURS[2], **dots)
+    axes.plot(steps, trend, color=COLOURS[2], linewidth=1.5)
+    steps = [point.step for point in log.validation]
+    losses = [point.loss for point in log.validation]
+    circles = {"color": "white", "markeredgecolor": COLOURS[3], "markeredgewidth": 1.8}
+    axes.plot(steps, losses, "o", **circles)
 
 
 def training_figure(logs: Sequence[RunLog]) -> Figure:
-    """Training loss of every run against the step, with the time that the steps took, and the validations."""
-    trend, check = COLOURS[2], COLOURS[3]
-    note = f"nats per token; dots are single steps, lines their running means; {seeds_note(logs)}"
+    """Return the losses of every run against the step, with the time that the steps took."""
+    seeds = name_seeds(logs)
+    note = f"nats per token; dots are single steps, lines their running means; {seeds}"
     figure, axes = new_figure("Training loss", note, logs, (0.75, 1.15, 3.3))
     for log in logs:
-        steps, losses = (
-            np.array([(point.step, point.loss) for point in log.training]).reshape(-1, 2).T
-        )
-        axes.plot(steps, losses, "o", color=trend, alpha=0.25, markersize=3.5, markeredgewidth=0)
-        axes.plot(
-            steps, running_mean(steps, losses, log.validation[-1].step), color=trend, linewidth=1.5
-        )
-        validated = [(point.step, point.loss) for point in log.validation]
-        axes.plot(
-            *zip(*validated, strict=True),
-            "o",
-            color="white",
-            markeredgecolor=check,
-            markeredgewidth=1.8,
-        )
+        draw_training(axes, log)
     last = [log.validation[-1] for log in logs]
-    end, loss = max(point.step for point in last), np.mean([point.loss for point in last])
-    pace = np.mean([point.milliseconds / max(point.step, 1) for point in last]) / 1000
+    end = max(point.step for point in last)
+    loss = np.mean([point.loss for point in last])
+    step_ms = np.mean([point.milliseconds / max(point.step, 1) for point in last])
     axes.set_xlim(0, 1.02 * max(end, 1))
-    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}\n{step * pace:,.0f} s")
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}\n{step * step_ms / 1000:,.0f} s")
     axes.set_xlabel("step, and seconds of training until then")
     axes.grid(axis="y", color=FAINT)
-    label_ends(axes, [(end, loss, f"validation\n{loss:.4f}", check)])
+    label_ends(axes, [(end, loss, f"validation\n{loss:.4f}", COLOURS[3])])
     return figure
 
 
 def running_mean(steps: np.ndarray, losses: np.ndarray, end: int) -> np.ndarray:
-    """Mean of the losses near each step: within a tenth of the run, and at most half-way to its start."""
-    near = np.abs(steps[:, None] - steps) <= np.minimum(0.1 * end, steps / 2)[:, None]
+    """Return the mean of the losses near each step, of `end` in all.
+
+    Near is within a tenth of the run, and at most half-way to its start.
+    """
+    reach = np.minimum(0.1 * end, steps / 2)
+    near = np.abs(steps[:, None] - steps) <= reach[:, None]
     return (near * losses).sum(1) / near.sum(1)
 
 
-# --- Command line ----------------------------------------------------------------------------------------------------
+# --- Command line ---
 
 
 def draw(logs: Sequence[RunLog], rows: np.ndarray | None) -> dict[str, bytes]:
-    """PNG files by name: the ladder always, positions from the rows of the first run, training where there was any."""
+    """Return PNG files by name: the ladder, and what else there is something to draw of.
+
+    rows: the scores of the first run, if they are there.
+    """
+    pictures = {}
     with matplotlib.rc_context(STYLE):
         figures = {"ladder.png": ladder_figure(logs)}
         if rows is not None:
             figures["position.png"] = position_figure(rows, logs[0])
         if all(log.validation for log in logs):
             figures["training.png"] = training_figure(logs)
-        pictures = {}
         for name, figure in figures.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -290,7 +319,7 @@ def draw(logs: Sequence[RunLog], rows: np.ndarray | None) -> dict[str, bytes]:
 
 
 def write_pictures(pictures: dict[str, bytes], folder: Path) -> None:
-    """Put every picture at its place entirely or not at all."""
+    """Write every picture as a whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         temporary = folder / f".{name}.{os.getpid()}.tmp"
@@ -302,7 +331,7 @@ def write_pictures(pictures: dict[str, bytes], folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description="Draw the scores and the training of a run.")
     parser.add_argument("scores", type=Path, help="the file that SCORES_PATH named")
     parser.add_argument("log", type=Path, help="the log of that run")
@@ -311,7 +340,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def plot() -> None:
         log = read_log(options.log)
-        write_pictures(draw([log], read_scores(options.scores, log)), options.out)
+        rows = read_scores(options.scores, log)
+        write_pictures(draw([log], rows), options.out)
 
     return run_command(plot, options.out)
 

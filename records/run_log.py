@@ -1,25 +1,27 @@
 """Read what train_gpt.py wrote to logs/{RUN_ID}.txt, and refuse what cannot be trusted.
 
-A log is the script's own source, the machine, then one line for each event. Everything that it says twice must agree:
-the source with its hash, the command with the settings, the final lines with the ladder, bits per byte with loss,
-tokens and bytes, the audits with what was scored, the sizes with their sum. Audits must have passed. Short runs
-(`partial`) and artifacts over the budget are read like any other, for a picture of them does no harm; what else a
-record asks for is in make_record.py.
+A log is the script's own source, the machine, and then one attempt after another, since RESUME goes
+on in the same file. The last attempt must have finished; the others must be attempts at the same
+run. What a log says twice must agree: the source and its hash, the command and the settings, bits
+per byte and loss, tokens and bytes, the audits and the results, the sizes and their sum. Audits
+must have passed. Partial runs and artifacts over the budget are read like any other, because a
+picture of them does no harm; make_record.py says what else a record needs.
 """
 
+import dataclasses
 import hashlib
+import json
 import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import NoReturn
 
-RULE = "=" * 100  # stands before and after the lines on Python, PyTorch and the hardware
-PARTIAL = " partial"  # ends every line of a run that scored only some documents
+RULE = "=" * 100  # stands before and after the description of the machine
+PARTIAL = " partial"  # ends the lines of a run that evaluates only some documents, `result:` apart
 
 # What people call the conditions. One that is not here goes by its name alone.
 LABELS = {
@@ -27,26 +29,18 @@ LABELS = {
     "doc": "+ document-isolated",
     "stride": "+ stride, windows that overlap",
     "ttt": "+ LoRA test-time training",
-    "stream_fast": "+ streaming, quick settings",
     "stream": "+ streaming",
 }
-# Lines that repeat a condition's score under the name that older tools look for; other conditions have none.
-FINAL_LINES = {
-    "flat": ("final_int8_zlib_roundtrip", "final_int8_zlib_roundtrip_exact"),
-    "ttt": ("final_int8_ttt_lora",),
-    "stream": ("final_int8_ttt_stream",),
-}
-# What may be given and stands in the line 'config:' as another value, which the program chose.
+# Commands may give these values; the line `config:` has what the program chose instead.
 CHOSEN = {("PRESET", "auto"), ("DEVICE", "auto"), ("GRAD_ACCUM_STEPS", "0")}
-
-NUMBER, HASH = r"(\d+\.\d+)", r"([0-9a-f]{64})"
-SCORE = rf"val_loss:{NUMBER} val_bpb:{NUMBER}"
-STEP = r"step:(\d+)/\d+ "
-# Settings that the tools look at, and how the program spells them.
+# In these, attempts at one run may differ: the log's own name may be given to go on with it.
+RESUMING = ("RESUME", "RUN_ID")
+HASH = r"([0-9a-f]{64})"
+LAUNCHER = r"(?:torchrun --standalone --nproc_per_node=(\d+)|python) train_gpt\.py"
+# The settings that the tools use, as the program spells them.
 FORMS = {
     "PRESET": "baseline|cpu",
     "DEVICE": "cpu|cuda",
-    "DTYPE": r"\w+",
     "EVAL_ONLY": "[01]",
     "MODEL_PATH": ".*",
     "DATA_PATH": ".+",
@@ -59,19 +53,22 @@ FORMS = {
 
 
 @dataclass(frozen=True)
-class Rung:
-    """The score of one condition, with the digits that were printed."""
+class Result:
+    """What one condition scored: the object behind `result: `, whose keys are these fields."""
 
     condition: str
-    val_loss: Decimal  # nats per token
-    val_bpb: Decimal  # bits per byte
+    val_loss: float  # nats per token
+    val_bpb: float  # bits per byte
+    documents: int
     tokens: int
     bytes: int
+    seconds: float
+    partial: bool  # only some documents were scored
 
 
 @dataclass(frozen=True)
 class Point:
-    """A score along the training: a loss in nats per token after `step` steps and `milliseconds`."""
+    """A loss in nats per token after `step` steps and `milliseconds` of training."""
 
     step: int
     loss: float
@@ -90,14 +87,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class RunLog:
-    """One finished run. Hashes are SHA-256 in hexadecimal."""
+    """One finished run, as its last attempt describes it. Hashes are SHA-256 in hexadecimal."""
 
     path: Path
     content: bytes  # the file
     source: str  # of train_gpt.py
+    attempts: int
     partial: bool
     hardware: str
-    started: str  # UTC, as in 2026-11-22T16:03:11Z, so that text sorts by time
+    started: str  # UTC, as in 2026-11-28T13:00:00Z, so that text sorts by time
     command: str
     config: Mapping[str, str]  # every setting by its variable
     versions: str
@@ -110,12 +108,10 @@ class RunLog:
     val_hashes: Mapping[str, str]  # by shard
     artifact_hash: str
     causal: tuple[str, ...]  # conditions whose audit of causality passed
-    training: tuple[Point, ...]
-    validation: tuple[
-        Point, ...
-    ]  # the last one after the last step; empty where nothing was trained
+    training: tuple[Point, ...]  # of all attempts, without what a later one trained again
+    validation: tuple[Point, ...]  # the same; the last one is after the last step
     sizes: Sizes | None  # None where nothing was trained
-    ladder: tuple[Rung, ...]  # in the order of EVAL; the last is the score of the run
+    results: tuple[Result, ...]  # in the order of EVAL; the last is the score of the run
     scores: tuple[str, str] | None  # path and hash of the scores file
 
     @property
@@ -124,58 +120,73 @@ class RunLog:
         return int(self.config["SEED"])
 
     @property
-    def score(self) -> Rung:
-        """The rung that counts: the last."""
-        return self.ladder[-1]
+    def score(self) -> Result:
+        """The result that counts: the last."""
+        return self.results[-1]
 
 
 @dataclass(frozen=True)
-class Lines:
-    """The lines below the head. Those that are asked for must be there, and have the form that is expected."""
+class Attempt:
+    """The lines of one attempt. Every method refuses lines that are not as asked for."""
 
     path: Path
+    number: int
     lines: list[str]
 
     def refuse(self, found: str, expected: str) -> NoReturn:
         """Raise the `ValueError`."""
-        raise ValueError(f"{self.path}: found {found}; expected {expected}")
+        raise ValueError(f"{self.path}: attempt:{self.number}: found {found}; expected {expected}")
 
-    def all(self, prefix: str, form: str) -> list[re.Match]:
-        """Matches of the regular expression `form` with what follows `prefix` in every line that starts with it."""
-        matches = []
-        for line in self.lines:
-            if line.startswith(prefix):
-                match = re.fullmatch(form, line.removeprefix(prefix))
-                matches.append(match or self.refuse(repr(line), f"'{prefix}' and then {form}"))
-        return matches
+    def all(self, prefix: str) -> list[str]:
+        """What follows `prefix` in every line that starts with it."""
+        return [line.removeprefix(prefix) for line in self.lines if line.startswith(prefix)]
 
-    def one(self, prefix: str, form: str = "(.*)") -> re.Match:
-        """The match of the only line that starts with `prefix`."""
-        matches = self.all(prefix, form)
-        if len(matches) != 1:
-            self.refuse(f"{len(matches)} lines '{prefix}'", "one")
-        return matches[0]
+    def one(self, prefix: str) -> str:
+        """What follows `prefix` in the only line that starts with it."""
+        found = self.all(prefix)
+        if len(found) != 1:
+            self.refuse(f"{len(found)} lines '{prefix}'", "one")
+        return found[0]
 
+    def parse(self, prefix: str, text: str, form: str) -> re.Match:
+        """The match of the regular expression `form` with the text behind `prefix`."""
+        match = re.fullmatch(form, text)
+        if match is None:
+            self.refuse(repr(prefix + text), f"'{prefix}' and then {form}")
+        return match
 
-def agree(a: Decimal, b: Decimal) -> bool:
-    """Whether two printed numbers can be the same number, rounded to the digits that each shows."""
-    return abs(a - b) <= (half_digit(a) + half_digit(b))
+    def parse_one(self, prefix: str, form: str) -> re.Match:
+        """The match of `form` with what follows `prefix` in the only line that starts with it."""
+        return self.parse(prefix, self.one(prefix), form)
 
+    def words(self, text: str) -> list[str]:
+        """The words of a text as a shell reads them."""
+        try:
+            return shlex.split(text)
+        except ValueError:
+            self.refuse(repr(text), "text quoted as for a shell")
 
-def half_digit(number: Decimal) -> Decimal:
-    """How far rounding can have moved a printed number."""
-    return Decimal(1).scaleb(number.as_tuple().exponent) / 2
+    def settings(self, text: str) -> dict[str, str]:
+        """The NAME=value pairs of a text."""
+        settings = {}
+        for word in self.words(text):
+            name, sign, value = word.partition("=")
+            if not sign:
+                self.refuse(repr(word), "NAME=value")
+            settings[name] = value
+        return settings
 
 
 def run_command(work: Callable[[], None], place: object = "") -> int:
-    """Exit status of a command. What a user can get wrong ends in one line on stderr, if need be with its `place`."""
+    """Run a command and return its exit status; a user's error becomes one line on stderr.
+
+    place: named where an `OSError` names no file.
+    """
     try:
         work()
     except OSError as error:
-        print(
-            f"error: {error.filename or place}: {error.strerror}; expected a usable path",
-            file=sys.stderr,
-        )
+        name = error.filename or place
+        print(f"error: {name}: {error.strerror}; expected a usable path", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -184,97 +195,197 @@ def run_command(work: Callable[[], None], place: object = "") -> int:
 
 
 def read_log(path: Path) -> RunLog:
-    """The run in this file. `ValueError`, in one line, for a log that contradicts itself or is no finished run."""
+    """Return the run in this file.
+
+    Raises `ValueError`, in one line, for a log that contradicts itself or holds no finished run.
+    """
     content = path.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(
-            f"{path}: found bytes that are not UTF-8; expected a log of train_gpt.py"
-        ) from None
-    parts = text.split(f"\n{RULE}\n")
-    if len(parts) != 3:
-        raise ValueError(
-            f"{path}: found {len(parts) - 1} lines of 100 '='; expected 2: the head of one run, "
-            "and a RUN_ID of its own for each run"
-        )
-    source, head, body = parts
-    body = body.split("\n")
-    lines = Lines(path, [line.removesuffix(PARTIAL) for line in body])
-    for line in lines.lines:
-        if line.startswith("error: "):
-            lines.refuse(repr(line), "a run that came to its end")
-    config = read_config(lines)
-    place = lines.one("preset:", r"(\w+) device:(\S+) world_size:(\d+) dtype:(\S+) \(.*\)")
-    validation = read_validation(lines, config)
-    ladder = read_ladder(lines, config["EVAL"].split(","))
-    scores = lines.all("scores:", rf"(.+) rows:\d+ sha256:{HASH}")
+    source, attempts = split_log(path, content)
+    last = attempts[-1]
+    check_finished(last)
+    check_same_run(attempts)
+    config = read_config(last)
+    where = last.parse_one("preset:", r"(\w+) device:(\S+) world_size:(\d+) dtype:(\S+) \(.*\)")
+    preset, device = where[1], where[2]
+    results = read_results(last, config["EVAL"].split(","))
+    check_audits(last, results)
+    validation = read_points(attempts, "val")
+    trained = config["EVAL_ONLY"] == "0"
+    if trained:
+        check_last_step(last, config, validation)
     return RunLog(
         path=path,
         content=content,
         source=source,
-        partial=any(line.endswith(PARTIAL) for line in body) or config["MAX_VAL_DOCS"] != "0",
-        hardware=head.split("\n")[-1],
-        started=lines.one("started:", r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)")[1],
-        command=read_command(lines, config, place),
+        attempts=len(attempts),
+        partial=config["MAX_VAL_DOCS"] != "0" or any(result.partial for result in results),
+        hardware=last.one("hardware: "),
+        started=last.parse_one("started:", r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")[0],
+        command=read_command(last, config, preset, device, where[3]),
         config=config,
-        versions=lines.one("versions: ")[1],
-        preset=place[1],
-        device=place[2],
-        world_size=int(place[3]),
-        dtype=place[4],
-        script_hash=read_script_hash(lines, source),
-        tokenizer_hash=lines.one("sha256 tokenizer:", HASH)[1],
-        val_hashes=read_shards(lines),
-        artifact_hash=lines.one("sha256 artifact:", rf"{HASH} .+")[1],
-        causal=read_audits(lines, ladder),
-        training=points(lines, rf"train_loss:{NUMBER}"),
+        versions=last.one("versions: "),
+        preset=preset,
+        device=device,
+        world_size=int(where[3]),
+        dtype=where[4],
+        script_hash=check_source(attempts, source),
+        tokenizer_hash=last.parse_one("sha256 tokenizer:", HASH)[1],
+        val_hashes=read_shards(last),
+        artifact_hash=last.parse_one("sha256 artifact:", f"{HASH} .+")[1],
+        causal=tuple(line.split()[0] for line in last.all("audit causality: condition:")),
+        training=read_points(attempts, "train"),
         validation=validation,
-        sizes=read_sizes(lines, source) if validation else None,
-        ladder=ladder,
-        scores=(scores[-1][1], scores[-1][2]) if scores else None,
+        sizes=read_sizes(last, source) if trained else None,
+        results=results,
+        scores=read_scores_line(last),
     )
 
 
-def read_config(lines: Lines) -> dict[str, str]:
-    """Every setting of the run."""
-    config = settings(lines, lines.one("config: ")[1])
+def split_log(path: Path, content: bytes) -> tuple[str, list[Attempt]]:
+    """Return the source at the head of a log, and its attempts."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        message = "found bytes that are not UTF-8; expected a log of train_gpt.py"
+        raise ValueError(f"{path}: {message}") from None
+    parts = text.split(f"\n{RULE}\n")
+    if len(parts) != 3:
+        found = f"{len(parts) - 1} lines of 100 '='"
+        raise ValueError(f"{path}: found {found}; expected 2: the log of one run has one head")
+    source, _, body = parts
+    before, *pieces = re.split(rf"^attempt:(\d+)(?:{PARTIAL})?\n", body, flags=re.MULTILINE)
+    if before or not pieces:
+        found = body.split("\n")[0]
+        expected = "'attempt:1', with which logs of this script go on (older logs are not read)"
+        raise ValueError(f"{path}: found {found!r} below the head; expected {expected}")
+    attempts = []
+    for number, piece in zip(pieces[::2], pieces[1::2], strict=True):
+        lines = [line.removesuffix(PARTIAL) for line in piece.split("\n")]
+        attempt = Attempt(path, len(attempts) + 1, lines)
+        if int(number) != attempt.number:
+            attempt.refuse(f"'attempt:{number}'", f"'attempt:{attempt.number}'")
+        attempts.append(attempt)
+    return source, attempts
+
+
+# --- Attempts at one run ---
+
+
+def check_finished(last: Attempt) -> None:
+    """Refuse a run whose last attempt failed or was stopped."""
+    for line in last.lines:
+        if line.startswith(("error: ", "stopped by ")):
+            last.refuse(repr(line), "a run that finished")
+
+
+def check_source(attempts: Sequence[Attempt], source: str) -> str:
+    """Return the hash of the source, which every attempt must have printed."""
+    actual = hashlib.sha256(source.encode()).hexdigest()
+    for attempt in attempts:
+        for printed in attempt.all("sha256 script:"):
+            if printed != actual:
+                attempt.refuse(f"'sha256 script:{printed}'", f"{actual}, of the source at the head")
+    attempts[-1].one("sha256 script:")
+    return actual
+
+
+def identity(attempt: Attempt) -> dict[str, str]:
+    """Return what attempts at one run have in common, by a name for it, as far as this one came."""
+    facts = {}
+    for prefix in ("versions: ", "hardware: ", "preset:", "sha256 tokenizer:"):
+        for text in attempt.all(prefix):
+            facts[f"'{prefix}'"] = text
+    for line in attempt.all("sha256 val:"):
+        shard_hash, _, shard = line.partition(" ")
+        facts[f"sha256 of {shard}"] = shard_hash
+    for text in attempt.all("config: "):
+        facts |= attempt.settings(text)
+    for name in RESUMING:
+        facts.pop(name, None)
+    for command in attempt.all("command: "):
+        words = attempt.words(command)
+        kept = [word for word in words if word.split("=")[0] not in RESUMING]
+        facts["'command: '"] = shlex.join(kept)
+    return facts
+
+
+def check_same_run(attempts: Sequence[Attempt]) -> None:
+    """Refuse attempts that differ from the last in more than RESUME and RUN_ID."""
+    last = attempts[-1]
+    expected = identity(last)
+    for attempt in attempts[:-1]:
+        for name, value in identity(attempt).items():
+            if value != expected.get(name):
+                same = f"{expected.get(name)}, as in attempt:{last.number}"
+                attempt.refuse(f"{name} {value}", same)
+
+
+def resumed_step(attempt: Attempt) -> int | None:
+    """Return the step from which an attempt went on.
+
+    -1 if it started anew; None if it did not resume, or was killed before it could.
+    """
+    found = attempt.all("resume:")
+    if not found:
+        return None
+    if found[-1].startswith(" found no checkpoint"):
+        return -1
+    form = r".+ step:(\d+)/\d+ train_time:\d+ms"
+    return int(attempt.parse("resume:", found[-1], form)[1])
+
+
+def read_points(attempts: Sequence[Attempt], kind: str) -> tuple[Point, ...]:
+    """Return the `train` or `val` losses of the run by rising steps.
+
+    An attempt that resumes at step N replaces what earlier ones printed after step N.
+    """
+    form = re.compile(rf"step:(\d+)/\d+ {kind}_loss:(\d+\.\d+) .*train_time:(\d+)ms .*")
+    points = {}
+    for attempt in attempts:
+        start = resumed_step(attempt)
+        if start is not None:
+            points = {step: point for step, point in points.items() if step <= start}
+        elif points and attempt.all("step:"):
+            attempt.refuse("lines 'step:' but none 'resume:'", "the step at which it went on")
+        for match in filter(None, map(form.fullmatch, attempt.lines)):
+            step = int(match[1])
+            points[step] = Point(step, float(match[2]), int(match[3]))
+    if list(points) != sorted(points):
+        attempts[-1].refuse(f"{kind}_loss after the steps {list(points)}", "steps that rise")
+    return tuple(points.values())
+
+
+# --- The last attempt ---
+
+
+def read_config(last: Attempt) -> dict[str, str]:
+    """Return every setting of the run."""
+    config = last.settings(last.one("config: "))
     for name, form in FORMS.items():
-        if name not in config or not re.fullmatch(form, config[name]):
-            lines.refuse(
-                f"{name}={config.get(name)} in the line 'config:'", f"a value of the form {form}"
-            )
+        value = config.get(name)
+        if value is None or not re.fullmatch(form, value):
+            last.refuse(f"{name}={value} in the line 'config:'", f"a value of the form {form}")
     return config
 
 
-def settings(lines: Lines, text: str) -> dict[str, str]:
-    """The NAME=value pairs of a text."""
-    try:
-        return dict(word.split("=", 1) for word in shlex.split(text))
-    except ValueError:
-        lines.refuse(repr(text), "NAME=value pairs, quoted as a shell would read them")
+def read_command(
+    last: Attempt, config: Mapping[str, str], preset: str, device: str, world_size: str
+) -> str:
+    """Return the command, which must give the settings of `config:` and start all ranks."""
+    match = last.parse_one("command: ", f"(.* )?{LAUNCHER}")
+    command = match[0]
+    if (match[2] or "1") != world_size:
+        last.refuse(f"world_size:{world_size}", f"the ranks that '{command}' starts")
+    given = last.settings(match[1] or "").items() - CHOSEN
+    given |= {("PRESET", preset), ("DEVICE", device.split(":")[0])}
+    for name, value in sorted(given):
+        if not same_value(value, config.get(name)):
+            expected = f"{name}={config.get(name)}, as in the line 'config:'"
+            last.refuse(f"{name}={value}", expected)
+    return command
 
 
-def read_command(lines: Lines, config: Mapping[str, str], place: re.Match) -> str:
-    """The command, which must give the settings of the line 'config:' and start the ranks of the line 'preset:'.
-
-    So must the rest of that line, `place`: what was set, and where it ran.
-    """
-    launcher = r"(?:torchrun --standalone --nproc_per_node=(\d+)|python) train_gpt\.py"
-    command = lines.one("command: ", rf"((.* )?{launcher})")
-    preset, device, world_size, dtype = place.groups()
-    if (command[3] or "1") != world_size:
-        lines.refuse(f"world_size:{world_size}", f"the ranks that '{command[1]}' starts")
-    said = [pair for pair in settings(lines, command[2] or "").items() if pair not in CHOSEN]
-    said += [("PRESET", preset), ("DEVICE", device.split(":")[0])]
-    said += [("DTYPE", dtype.removeprefix("torch."))] if config["DTYPE"] != "auto" else []
-    for name, value in said:
-        if not same(value, config.get(name)):
-            lines.refuse(f"{name}={value}", f"{name}={config.get(name)}, as in the line 'config:'")
-    return command[1]
-
-
-def same(given: str, shown: str | None) -> bool:
+def same_value(given: str, shown: str | None) -> bool:
     """Whether two texts spell one value: 175 and 175.0 do."""
     try:
         return float(given) == float(shown)
@@ -282,170 +393,109 @@ def same(given: str, shown: str | None) -> bool:
         return given == shown
 
 
-def read_shards(lines: Lines) -> dict[str, str]:
-    """Hashes of the validation shards by their names, each of which may come once."""
-    matches = lines.all("sha256 val:", rf"{HASH} (.+)")
-    hashes = {match[2]: match[1] for match in matches}
-    if not matches or len(hashes) != len(matches):
-        lines.refuse(
-            f"{len(matches)} lines 'sha256 val:' with {len(hashes)} names",
-            "one for each validation shard",
-        )
+def read_shards(last: Attempt) -> dict[str, str]:
+    """Return the hashes of the validation shards by their names, each of which may come once."""
+    hashes = {}
+    for line in last.all("sha256 val:"):
+        match = last.parse("sha256 val:", line, f"{HASH} (.+)")
+        if match[2] in hashes:
+            last.refuse(f"two hashes of {match[2]}", "one")
+        hashes[match[2]] = match[1]
+    if not hashes:
+        last.refuse("no line 'sha256 val:'", "one for each validation shard")
     return hashes
 
 
-def read_script_hash(lines: Lines, source: str) -> str:
-    """The hash of the script, which must be that of the source at the head of the log."""
-    printed, actual = (
-        lines.one("sha256 script:", HASH)[1],
-        hashlib.sha256(source.encode()).hexdigest(),
-    )
-    if printed != actual:
-        lines.refuse(
-            f"a source text with sha256 {actual}", f"{printed}, as in the line 'sha256 script:'"
+def read_scores_line(last: Attempt) -> tuple[str, str] | None:
+    """Return the path and the hash of the scores file, None if there is none."""
+    lines = last.all("scores:")
+    if not lines:
+        return None
+    match = last.parse("scores:", lines[-1], rf"(.+) rows:\d+ sha256:{HASH}")
+    return match[1], match[2]
+
+
+def check_last_step(last: Attempt, config: Mapping[str, str], validation: Sequence[Point]) -> None:
+    """Refuse a training that was not validated after its last step."""
+    end = config["ITERATIONS"]
+    for line in last.all("stopping_early: "):
+        end = last.parse("stopping_early: ", line, r".*step:(\d+)/\d+")[1]
+    steps = [str(point.step) for point in validation]
+    if steps[-1:] != [end]:
+        found = ", ".join(steps) or "no step"
+        last.refuse(
+            f"val_loss after {found}", f"the last one after step {end}, where training ended"
         )
-    return printed
 
 
-def points(lines: Lines, form: str) -> tuple[Point, ...]:
-    """The progress lines of this form, whose first group is a loss. Others report something else."""
-    pattern = re.compile(STEP + form + r" train_time:(\d+)ms step_avg:\d+\.\d+ms")
-    matches = [match for line in lines.lines if (match := pattern.fullmatch(line))]
-    return tuple(
-        Point(int(match[1]), float(match[2]), int(match[match.re.groups])) for match in matches
-    )
-
-
-def read_validation(lines: Lines, config: Mapping[str, str]) -> tuple[Point, ...]:
-    """The validations: a training ends with one after its last step, an EVAL_ONLY run has none."""
-    validation = points(lines, SCORE)
-    stop = lines.all("stopping_early: ", r"wallclock_cap train_time:\d+ms step:(\d+)/\d+")
-    end = [] if config["EVAL_ONLY"] == "1" else [int(stop[-1][1] if stop else config["ITERATIONS"])]
-    steps = [point.step for point in validation]
-    if steps[-1:] != end or steps != sorted(set(steps)):
-        lines.refuse(
-            f"validations after the steps {steps}", f"steps that rise, the last of them {end}"
-        )
-    return validation
-
-
-def read_sizes(lines: Lines, source: str) -> Sizes:
-    """The bytes of the submission, added up again."""
-    model = int(lines.one("Serialized model int8+zlib: ", r"(\d+) bytes .*")[1])
-    code = int(lines.one("Code size: ", r"(\d+) bytes")[1])
-    added = int(lines.one("Total submission size int8+zlib: ", r"(\d+) bytes")[1])
-    size = lines.one("submission_size:", r"(\d+) budget:(\d+) headroom:(-?\d+) (PASS|FAIL)")
-    total, budget, headroom = (int(size[group]) for group in (1, 2, 3))
-    if code != len(source.encode()):
-        lines.refuse(
-            f"'Code size: {code} bytes'",
-            f"{len(source.encode())}, the size of the source in the log",
-        )
-    if not model + code == added == total:
-        lines.refuse(
-            f"a submission of {added} and of {total} bytes",
-            f"model {model} + code {code} = {model + code}",
-        )
-    if headroom != budget - total or (size[4] == "PASS") != (headroom >= 0):
-        lines.refuse(
-            f"'submission_size:{size[0]}'",
-            f"headroom:{budget - total}; PASS where it is not below 0",
-        )
+def read_sizes(last: Attempt, source: str) -> Sizes:
+    """Return the bytes of the submission, added up again."""
+    model = int(last.parse_one("Serialized model int8+zlib: ", r"(\d+) bytes.*")[1])
+    code = len(source.encode())
+    form = r"(\d+) budget:(\d+) headroom:(-?\d+) (PASS|FAIL)"
+    match = last.parse_one("submission_size:", form)
+    total = int(match[1])
+    budget = int(match[2])
+    if total != model + code:
+        last.refuse(f"submission_size:{total}", f"model {model} + source {code} = {model + code}")
+    headroom = budget - total
+    verdict = "PASS" if headroom >= 0 else "FAIL"
+    if (match[3], match[4]) != (str(headroom), verdict):
+        last.refuse(f"headroom:{match[3]} {match[4]}", f"headroom:{headroom} {verdict}")
     return Sizes(model, code, total, budget)
 
 
-def read_audits(lines: Lines, ladder: tuple[Rung, ...]) -> tuple[str, ...]:
-    """Conditions whose causality was audited. All audits must have passed, and bytes and coverage fit the ladder."""
-    lines.all("audit ", ".* PASS")
-    audit = lines.one(
-        "audit bytes: ", r"documents:(\d+) of:(\d+) table_bytes:(\d+) text_bytes:(\d+) PASS"
-    )
-    documents, of, counted, spelled = map(int, audit.groups())
-    if counted != spelled:
-        lines.refuse(f"'audit bytes: {audit[0]}'", "as many bytes in the table as in the text")
-    reasons = r"before_first_bos:(\d+) after_last_row:(\d+) beyond_max_val_docs:(\d+)(?: out_of_time:(\d+))?"
-    matches = lines.all(
-        "audit coverage: ", rf"condition:(\w+) targets:(\d+) scored_once:(\d+) {reasons} PASS"
-    )
-    covered, conditions = [match[1] for match in matches], [rung.condition for rung in ladder]
-    if covered != conditions:
-        lines.refuse(
-            f"'audit coverage:' of '{','.join(covered)}'",
-            f"one for each of '{','.join(conditions)}'",
-        )
-    for rung, match in zip(ladder, matches, strict=True):
-        targets, scored, *left_out = (int(number or 0) for number in match.groups()[1:])
-        if scored != rung.tokens or targets != scored + sum(left_out):
-            lines.refuse(
-                f"'audit coverage: {match[0]}'",
-                f"scored_once:{rung.tokens}; the other targets left out",
-            )
-    late = {match[1] for match in matches if match[7]}  # EVAL_MAX_SECONDS ended them
-    isolated = [
-        rung for rung in ladder if rung.condition not in {"flat", *late}
-    ]  # they score the same documents
-    for rung in isolated:
-        size = counted if documents == of else isolated[0].bytes
-        if (rung.tokens, rung.bytes) != (isolated[0].tokens, size):
-            found = f"condition:{rung.condition} tokens:{rung.tokens} bytes:{rung.bytes}"
-            lines.refuse(found, f"tokens:{isolated[0].tokens} bytes:{size}, those of all documents")
-    return tuple(match[1] for match in lines.all("audit causality: ", r"condition:(\w+) .*PASS"))
+def read_results(last: Attempt, conditions: list[str]) -> tuple[Result, ...]:
+    """Return the result of each condition, in the order of EVAL."""
+    results = tuple(read_result(last, text) for text in last.all("result: "))
+    found = [result.condition for result in results]
+    if found != conditions:
+        expected = f"one for each of EVAL, '{','.join(conditions)}', in that order"
+        last.refuse(f"results of '{','.join(found)}'", expected)
+    sizes = {}
+    for result in results:
+        size = sizes.setdefault(result.tokens, result.bytes)
+        if result.bytes != size:
+            found = f"condition:{result.condition} bytes:{result.bytes}"
+            last.refuse(found, f"{size}, as under the other conditions of {result.tokens} tokens")
+    return results
 
 
-def read_ladder(lines: Lines, conditions: list[str]) -> tuple[Rung, ...]:
-    """The scores in the order of EVAL, checked against themselves, their deltas and the final lines."""
-    form = (
-        rf"(\w+) {SCORE} delta_bpb:([+-]\d+\.\d+) docs:\d+ tokens:(\d+) bytes:(\d+) eval_time:\d+ms"
-    )
-    matches = lines.all("ladder condition:", form)
-    if [match[1] for match in matches] != conditions:
-        found = ",".join(match[1] for match in matches)
-        lines.refuse(
-            f"ladder lines for '{found}'", f"those of EVAL, '{','.join(conditions)}', in that order"
-        )
-    ladder = tuple(Rung(m[1], Decimal(m[2]), Decimal(m[3]), int(m[5]), int(m[6])) for m in matches)
-    for rung, match in zip(ladder, matches, strict=True):
-        check_bits(lines, rung)
-        delta, expected = Decimal(match[4]), rung.val_bpb - ladder[0].val_bpb
-        if abs(delta - expected) > half_digit(delta) + 2 * half_digit(
-            rung.val_bpb
-        ):  # two rounded scores
-            lines.refuse(
-                f"condition:{rung.condition} delta_bpb:{match[4]}",
-                f"{expected:+}, the step from the first",
-            )
-    check_final_lines(lines, ladder)
-    return ladder
+def read_result(last: Attempt, text: str) -> Result:
+    """Return one result, whose bits per byte must follow from loss, tokens and bytes."""
+    fields = dataclasses.fields(Result)
+    try:
+        result = Result(**json.loads(text))
+    except (TypeError, ValueError):  # no JSON, no object, or other keys
+        names = ", ".join(field.name for field in fields)
+        last.refuse(f"'result: {text}'", f"a JSON object with the keys {names}")
+    for field in fields:
+        value = getattr(result, field.name)
+        if type(value) is not field.type:
+            last.refuse(f"'result: {text}'", f"{field.name} of the type {field.type.__name__}")
+    if result.tokens <= 0 or result.bytes <= 0 or not math.isfinite(result.val_loss):
+        last.refuse(f"'result: {text}'", "tokens and bytes above 0 and a finite val_loss")
+    bits = result.val_loss * result.tokens / math.log(2)
+    expected = bits / result.bytes
+    if not math.isclose(result.val_bpb, expected, rel_tol=1e-6):
+        found = f"condition:{result.condition} val_bpb:{result.val_bpb}"
+        last.refuse(found, f"{expected} = val_loss * tokens / ln 2 / bytes")
+    return result
 
 
-def check_bits(lines: Lines, rung: Rung) -> None:
-    """Refuse bits per byte that are not the loss in bits, times tokens, divided by bytes."""
-    if not rung.bytes:
-        lines.refuse(f"condition:{rung.condition} bytes:0", "scored text")
-    bits_per_nat = rung.tokens / rung.bytes / math.log(2)
-    expected = float(rung.val_loss) * bits_per_nat
-    rounding = float(half_digit(rung.val_bpb)) + float(half_digit(rung.val_loss)) * bits_per_nat
-    if abs(float(rung.val_bpb) - expected) > rounding + 1e-12:
-        lines.refuse(
-            f"condition:{rung.condition} val_bpb:{rung.val_bpb}",
-            f"{expected:.6f} = val_loss {rung.val_loss} / ln 2 * {rung.tokens} tokens / {rung.bytes} bytes",
-        )
-
-
-def check_final_lines(lines: Lines, ladder: tuple[Rung, ...]) -> None:
-    """Refuse final lines that are missing, of other conditions, or of other scores than the ladder's."""
-    matches = lines.all("final_", rf"(\w+) {SCORE}( eval_time:\d+ms)?")
-    found = ["final_" + match[1] for match in matches]
-    rungs = [(name, rung) for rung in ladder for name in FINAL_LINES.get(rung.condition, ())]
-    expected = [name for name, _ in rungs]
-    if found != expected:
-        lines.refuse(
-            f"final lines '{', '.join(found)}'",
-            f"'{', '.join(expected)}', since EVAL has those conditions",
-        )
-    for (name, rung), match in zip(rungs, matches, strict=True):
-        if not (agree(Decimal(match[2]), rung.val_loss) and agree(Decimal(match[3]), rung.val_bpb)):
-            lines.refuse(
-                f"{name} val_loss:{match[2]} val_bpb:{match[3]}",
-                f"the ladder's val_loss:{rung.val_loss} val_bpb:{rung.val_bpb}",
-            )
+def check_audits(last: Attempt, results: Sequence[Result]) -> None:
+    """Refuse audits that failed or are missing, and audits of bytes or coverage that do not fit."""
+    for line in last.lines:
+        if line.startswith("audit ") and not line.endswith(" PASS"):
+            last.refuse(repr(line), "PASS at its end")
+    match = last.parse_one("audit bytes: ", r".*table_bytes:(\d+) text_bytes:(\d+) PASS")
+    if match[1] != match[2]:
+        last.refuse(f"'audit bytes: {match[0]}'", "as many bytes in the table as in the text")
+    for result in results:
+        prefix = f"audit coverage: condition:{result.condition} "
+        match = last.parse_one(prefix, r"targets:(\d+) scored_once:(\d+)(.*) PASS")
+        left_out = sum(map(int, re.findall(r":(\d+)", match[3])))
+        scored = int(match[2])
+        if scored != result.tokens or int(match[1]) != scored + left_out:
+            expected = f"scored_once:{result.tokens}, and all other targets left out"
+            last.refuse(f"'{prefix}{match[0]}'", expected)

@@ -2,8 +2,8 @@
 
     python records/stats.py 1.1927 1.1935 1.1921 1.1929 --threshold 1.195
 
-The p-value is that of a one-sided one-sample t-test: how often seeds would score this far below the threshold by luck
-if their true mean were the threshold. Lower scores are better.
+The p-value is that of a one-sided one-sample t-test: how often seeds would score this far below the
+threshold by luck if their true mean were the threshold. Lower scores are better.
 """
 
 import argparse
@@ -33,14 +33,14 @@ class Summary:
 
 
 def summarize(values: Sequence[float], threshold: float) -> Summary:
-    """The summary of at least two scores. `ValueError` for fewer, and for what is no finite number.
+    """Return the summary of at least two scores. `ValueError` for fewer, or if one is not finite.
 
-    Equal scores have no spread to test with: they prove a mean below the threshold (p = 0) or they do not (p = 1).
+    Equal scores have no spread to test with: they prove a mean below the threshold (p = 0) or do
+    not (p = 1).
     """
     if len(values) < 2:
-        raise ValueError(
-            f"found {len(values)} value; expected at least 2, as one score has no spread; run more seeds"
-        )
+        expected = "at least 2, as one score has no spread; run more seeds"
+        raise ValueError(f"found {len(values)} value; expected {expected}")
     for value in (*values, threshold):
         if not math.isfinite(value):
             raise ValueError(f"found {value}; expected finite numbers")
@@ -53,7 +53,7 @@ def summarize(values: Sequence[float], threshold: float) -> Summary:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         description="Mean, spread and p-value of the scores of several seeds."
     )
