@@ -313,14 +313,14 @@ def read_config(env: Mapping) -> Config:
 
 def check_config(cfg: Config, world: int):
     """Refuse settings that parse one by one but cannot work together, with `UserError`."""
-    name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
+    file_name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
     require(
-        re.fullmatch(f"({name})?", cfg.run_id),
+        re.fullmatch(f"({file_name})?", cfg.run_id),
         f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names"
         " files; rename it",
     )
     require(
-        re.fullmatch(rf"({name}\.csv)?", cfg.scores_path),
+        re.fullmatch(rf"({file_name}\.csv)?", cfg.scores_path),
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in"
         " .csv; rename it",
     )
@@ -329,11 +329,10 @@ def check_config(cfg: Config, world: int):
         "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score",
     )
     window = cfg.ttt_eval_seq_len
-    for chunk in ("ttt_chunk_size", "ttt_stream_chunk"):
-        found = f"{chunk.upper()}={getattr(cfg, chunk)}"
-        require(
-            getattr(cfg, chunk) <= window, f"{found}: expected at most TTT_EVAL_SEQ_LEN={window}"
-        )
+    for name in ("ttt_chunk_size", "ttt_stream_chunk"):
+        chunk = getattr(cfg, name)
+        expected = f"expected at most TTT_EVAL_SEQ_LEN={window}"
+        require(chunk <= window, f"{name.upper()}={chunk}: {expected}")
     check_shape(cfg)
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(1, round(cfg.train_batch_tokens / unit)) * unit
@@ -367,6 +366,7 @@ class Stopped(BaseException):
     """The signal of this number asked the run to stop. No `except Exception` catches it."""
 
 
+@dataclass
 class Signals:
     """What the first SIGINT, SIGTERM or SIGHUP does; a signal that nohup ignores stays ignored.
 
@@ -375,10 +375,9 @@ class Signals:
     what a terminal sends to everybody. A later signal ends the process by its default action.
     """
 
-    def __init__(self):
-        self.number = 0  # the first signal that came; 0: none did
-        self.heard_at = 0.0
-        self.is_deferred = False
+    number: int = 0  # the first signal that came; 0: none did
+    heard_at: float = 0.0  # seconds of the monotonic clock
+    is_deferred: bool = False
 
     def install(self):
         """Handle the signals from now on."""
@@ -386,7 +385,7 @@ class Signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.handle)
 
-    def handle(self, number: int, frame: Any):
+    def handle(self, number: int, frame):
         """The handler, which Python calls in the main thread between two bytecodes."""
         now = time.monotonic()
         if not self.number:
@@ -662,16 +661,16 @@ def choose_run_id(cfg: Config) -> str:
     return found[0].name.rsplit(".", 2)[0] if found else str(uuid.uuid4())
 
 
+@dataclass
 class RunLog:
     """The console and, once `open` has been called, logs/{RUN_ID}.txt. Rank 0 alone writes."""
 
-    def __init__(self, rank: int = 0):
-        self.rank = rank
-        self.run_id = ""
-        self.path: Path | None = None
-        self.suffix = ""  # " partial" when only some documents are scored: no line may mislead
-        self.artifact: Path | None = None  # once it is exported
-        self.has_gaps = False
+    rank: int = 0
+    run_id: str = ""
+    path: Path | None = None
+    suffix: str = ""  # " partial" when only some documents are scored: no line may mislead
+    artifact: Path | None = None  # once it is there
+    has_gaps: bool = False
 
     def line(self, text: str, console: bool = True, suffix: bool = True):
         """Write to the log and to standard output."""
@@ -888,7 +887,6 @@ class Documents:
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
     starts: np.ndarray  # (docs,) int64, position of each document's BOS, the first that it owns
     predictions: np.ndarray  # (docs,) int64, positions it owns, >= 1; the last predicts a BOS
-    without_text: int = 0  # documents that were left out, having no text
     beyond_limit: int = 0  # targets that were left out by MAX_VAL_DOCS
 
 
@@ -918,7 +916,6 @@ def split_documents(
         bytes=torch.from_numpy(sizes.astype(np.int32)).to(device),
         starts=starts[kept],
         predictions=predictions[kept],
-        without_text=int((~kept).sum()),
         beyond_limit=total - len(stream),
     )
 
@@ -1068,6 +1065,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (weights.flatten(2, 3) @ v).view(q.shape)
 
 
+@dataclass
 class KVCache:
     """Keys and values of the last W tokens of the documents side by side, for every layer.
 
@@ -1076,16 +1074,16 @@ class KVCache:
     token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
     """
 
-    def __init__(self, rows: int, window: int, chunk: int, rt: Runtime):
-        self.rows = rows
-        self.window = window
-        self.chunk = chunk
-        self.dtype = rt.dtype
-        self.keys: dict[int, Tensor] = {}  # by layer, each (rows, G, W, N)
-        self.values: dict[int, Tensor] = {}
-        # Time counts tokens from the start of the evaluation, positions those of the document.
-        self.now = 0
-        self.began = torch.zeros(rows, dtype=torch.int64, device=rt.device)
+    rows: int
+    window: int  # W
+    chunk: int  # C
+    rt: Runtime
+    now: int = 0  # tokens since the evaluation began; positions count those of the document
+
+    def __post_init__(self):
+        self.began = torch.zeros(self.rows, dtype=torch.int64, device=self.rt.device)
+        self.keys = {}  # by layer, each (rows, G, W, N)
+        self.values = {}
 
     def restart(self, rows: Tensor):
         """Start new documents in these rows: hide everything that was cached before."""
@@ -1098,7 +1096,7 @@ class KVCache:
         queries = times[self.window :]
         age = queries[:, None] - times
         hidden = (age < 0) | (age >= self.window) | (times < began[:, None, None])
-        self.mask = torch.zeros(hidden.shape, dtype=self.dtype, device=began.device)
+        self.mask = torch.zeros(hidden.shape, dtype=self.rt.dtype, device=began.device)
         self.mask.masked_fill_(hidden, -math.inf)
         self.positions = queries - began[:, None]
         self.now += self.chunk
@@ -2586,10 +2584,7 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
     for part in rt.gather(hashes):
         hashes |= part
     cfg = model.cfg
-    log.line(
-        f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()}"
-        f" documents_of_one_token:{docs.without_text}"
-    )
+    log.line(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()}")
     count = sum(p.numel() for p in model.parameters())
     log.line(f"model_params:{count} num_layers:{cfg.num_layers} model_dim:{cfg.model_dim}")
     trainer = None
@@ -2697,9 +2692,9 @@ def explain_stop(number: int, cfg: Config, log: RunLog) -> str:
         command = launch_command(os.environ, RESUME="auto", RUN_ID=log.run_id)
         lines.append(f"go on with: {command}")
     if log.artifact:
-        changes = {"EVAL_ONLY": "1", "MODEL_PATH": str(log.artifact)}
-        changes["RUN_ID"] = f"{log.run_id[:150]}-{uuid.uuid4().hex[:8]}"
-        command = launch_command(os.environ, **changes)
+        command = launch_command(
+            os.environ, EVAL_ONLY="1", MODEL_PATH=str(log.artifact), RUN_ID=str(uuid.uuid4())
+        )
         lines.append(f"score the artifact alone with: {command}")
     return "\n".join(lines)
 
