@@ -1017,13 +1017,6 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, fp32, built in fp64: (..., T) -> two (..., T, N/2)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angle = positions.double()[..., None] * base**-exponent
-    return angle.cos().float(), angle.sin().float()
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, halves convention: (B, heads, T, N) with tables (..., T, N/2)."""
     first, second = x.chunk(2, dim=-1)
@@ -1138,7 +1131,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, rope: tuple, lora: BlockLoRA, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: Tensor, lora: BlockLoRA, cache: KVCache | None, layer: int
     ) -> Tensor:
         """(B, T, D) -> (B, T, D), in the dtype of x; `layer` is the place in the cache."""
         q = self.split_heads(self.c_q(x, lora.c_q))
@@ -1188,7 +1181,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         x0: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
         lora: BlockLoRA,
         cache: KVCache | None,
         layer: int,
@@ -1229,6 +1222,15 @@ class GPT(nn.Module):
         else:
             role = Role("adam", "head_lr")
             self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, zero_init=True, role=role)
+        positions = torch.arange(max(cfg.train_seq_len, cfg.ttt_eval_seq_len))
+        self.register_buffer("rope_table", self.rope(positions), persistent=False)
+
+    def rope(self, positions: Tensor) -> Tensor:
+        """cos and sin of position x frequency, fp32, built in fp64: (..., T) -> (2, ..., T, N/2)."""
+        evens = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
+        frequency = self.cfg.rope_base ** -(evens / self.head_dim)
+        angle = positions.double()[..., None] * frequency
+        return torch.stack((angle.cos(), angle.sin())).float()
 
     def forward(
         self,
@@ -1244,10 +1246,9 @@ class GPT(nn.Module):
         (B, S) picks the positions that reach the head, None: all, S = T. With a cache the rows go
         on where it ends.
         """
-        positions = torch.arange(ids.size(1), device=ids.device)
+        rope = self.rope_table[:, : ids.size(1)]
         if cache is not None:
-            positions = cache.positions[:, None]  # the same for all heads
-        rope = rope_tables(positions, self.head_dim, self.cfg.rope_base)
+            rope = self.rope(cache.positions[:, None])  # the same for all heads
         x = rms_norm(self.tok_emb(ids).to(self.dtype))
         x0 = x
         skips = []
@@ -1824,6 +1825,7 @@ def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
     stream = TokenStream(open_shards(model.cfg.data_path, "train"))
     model = frozen(model).to("cpu", torch.float32)
     model.dtype = torch.float32
+    length = min(length, model.rope_table.size(1))
     names = {p: name for name, p in model.named_parameters()}
     stats = {}
     for module in model.modules():
@@ -2065,7 +2067,7 @@ def export(model: GPT, log: RunLog) -> Path:
     artifact = fit_artifact(model, state)
     write_atomically(path, artifact)
     content = zlib.decompress(artifact)
-    payload = measure_payload(torch.load(io.BytesIO(content), weights_only=True))
+    payload = measure_payload(load_torch(content))
     ratio = sum(tensor.nbytes for tensor in state.values()) / payload
     code = len(source_code().encode())
     log.line(f"Serialized model: {len(raw)} bytes")
