@@ -649,15 +649,6 @@ def describe_hardware(device: torch.device) -> str:
     return f"{names[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def run_nvidia_smi() -> str:
-    """What nvidia-smi prints, or why it could not be run."""
-    try:
-        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi: {error!r}"
-    return done.stdout
-
-
 def choose_run_id(cfg: Config) -> str:
     """RUN_ID; else the run of the newest checkpoint, if RESUME=auto finds one; else a new name."""
     if cfg.run_id:
@@ -735,7 +726,7 @@ class RunLog:
             rule = "=" * 100
             machine = describe_hardware(torch.device(cfg.device))
             if cfg.device == "cuda":
-                machine += "\n" + run_nvidia_smi()
+                machine += "\n" + subprocess.getoutput("nvidia-smi")
             versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
             self.append(f"{source_code()}\n{rule}\n{versions}\n{machine}\n{rule}\n")
             return 1
