@@ -2453,8 +2453,11 @@ class Trainer:
         if state is None:
             self.log.line("resume: found no checkpoint; starting anew")
             return
-        with refusing(f"RESUME={self.cfg.resume}", "a whole checkpoint of this script"):
+        path = state["path"]
+        with refusing(path, "a whole checkpoint of this script"):
             self.load(state)
+        time = f"train_time:{self.elapsed_ms:.0f}ms"
+        self.log.line(f"resume:{path} step:{self.step}/{self.cfg.iterations} {time}")
 
     def read_checkpoint(self) -> dict | None:
         """The state in the checkpoint that RESUME names; `auto` passes over damaged ones."""
@@ -2467,8 +2470,6 @@ class Trainer:
                 with refusing(path, "a checkpoint of this script"):
                     state = load_torch(read_file(path))
                     theirs = {str(name): str(value) for name, value in state["identity"].items()}
-                    time = f"train_time:{state['elapsed_ms']:.0f}ms"
-                    line = f"resume:{path} step:{state['step']}/{self.cfg.iterations} {time}"
             except UserError as error:
                 require(auto, str(error))
                 self.log.line(f"warning: skipped {error}")
@@ -2481,8 +2482,7 @@ class Trainer:
                 not differ,
                 f"{path}: it was made under {', '.join(found)}; set them back, or leave out RESUME",
             )
-            self.log.line(line)
-            return state
+            return state | {"path": path}
         return None
 
     def tick(self, now: float):
