@@ -2714,7 +2714,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     rt = None
     status = 0
     message = ""
-    is_speaker = os.environ.get("RANK", "0") == "0"
+    is_speaker = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
     try:
         require(
             not arguments,
