@@ -185,7 +185,8 @@ class Ended(NamedTuple):
 def run_here(monkeypatch, capfd):
     """Run the program in this process, which saves the start of another.
 
-    A function of OUT_DIR, which one test may use once, and of settings as for `run_script`.
+    A function of OUT_DIR and of settings, as `run_script` is. The lock on OUT_DIR is left out, since
+    this process would hold it until its own end.
     """
 
     def run(out_dir, **settings):
@@ -195,6 +196,7 @@ def run_here(monkeypatch, capfd):
         capfd.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", env)
+            patch.setattr(tg.fcntl, "flock", lambda *_: None)
             status = tg.main()
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
