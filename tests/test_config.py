@@ -112,6 +112,8 @@ def test_micro_steps_keep_the_batch_whole(world, accum):
         ("PRESET", "gpu", "one of auto, baseline, cpu"),
         ("RUN_ID", "../escape", "since it names files"),
         ("RUN_ID", ".hidden", "since it names files"),
+        ("RUN_ID", "/tmp/escape", "since it names files"),
+        ("SCORES_PATH", "../escape.csv", "the name of a file in OUT_DIR"),
         ("EVAL_ONLY", "1", "MODEL_PATH"),
         ("BETA1", "1", "a number from 0 to 0.999999"),
         ("WORLD_SIZE", "abc", "a whole number from 1 to 1e+18"),
