@@ -491,7 +491,7 @@ class Runtime:
         world = read_count(env, "WORLD_SIZE", 1)
         device = claim_device(cfg, env)
         dtype, _ = choose_dtype(cfg)
-        if "WORLD_SIZE" in env:
+        if rank or "WORLD_SIZE" in env:
             join_ranks(cfg)
         set_up_backends(device, dtype)
         # CPU kernels are bitwise reproducible; backward kernels of GPUs use atomic adds.
@@ -2128,12 +2128,13 @@ def read_weights(path: Path) -> dict:
             require(whole, f"truncated, with trailing data, or over {most} bytes")
             content = load_torch(blob)
             held = measure_payload(content)
-            state = dequantize(content)
         else:
-            state = load_torch(blob)
-            state = state.get("model", state)
-            held = sum(tensor.nbytes for tensor in state.values())
+            content = load_torch(blob)
+            content = content.get("model", content)
+            held = sum(tensor.nbytes for tensor in content.values())
+        # Before anything is computed: a tensor that repeats one number can be of any size.
         require(held <= len(blob), "its tensors are larger than the file")
+        state = dequantize(content) if path.suffix == ".ptz" else content
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
         for name, tensor in state.items():
             sound = tensor.dtype in FLOATS.values() and tensor.isfinite().all()
@@ -2180,9 +2181,10 @@ def load_model(path: str | Path, cfg: Config) -> GPT:
     state = read_weights(path)
     cfg = infer_shape(state, cfg, path)
     dtype, _ = choose_dtype(cfg)
-    with torch.device("meta"):
-        # Shapes are compared first: a few hundred bytes can claim to be of any size.
-        check_tensors(GPT(cfg, dtype).state_dict(), state, path)
+    # Shapes are compared first: a few hundred bytes can claim to be of any size.
+    with refusing(path, "a model of a possible size"), torch.device("meta"):
+        expected = GPT(cfg, dtype).state_dict()
+    check_tensors(expected, state, path)
     model = build_model(cfg, dtype)
     model.load_state_dict(state)
     return model
@@ -2203,8 +2205,8 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     silent |= np.array(tokenizer.is_unused(ids))
     is_byte = np.array(tokenizer.is_byte(ids))
     plain = np.flatnonzero(~silent & ~is_byte).tolist()
-    anchor = next(i for i in plain if tokenizer.decode([i]).strip())
     letter = tokenizer.piece_to_id("<0x41>")
+    anchor = next((i for i in plain if tokenizer.decode([i]).strip()), letter)
 
     def count_bytes(pieces: np.ndarray) -> int:
         # Bytes are not always UTF-8: a letter stands for each of them.
@@ -2334,9 +2336,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step = state["step"]
-        self.elapsed_ms = state["elapsed_ms"]
-        self.stream.position = state["position"]
+        self.step = int(state["step"])
+        self.elapsed_ms = float(state["elapsed_ms"])
+        self.stream.position = int(state["position"])
         torch.set_rng_state(state["rng"])
         self.finite_steps.fill_(self.step)
 
@@ -2447,8 +2449,12 @@ class Trainer:
         state = self.rt.from_rank0(self.read_checkpoint)
         if state is None:
             self.log.line("resume: found no checkpoint; starting anew")
-        else:
+            return
+        path = state["path"]
+        with refusing(path, "a whole checkpoint of this script"):
             self.load(state)
+        time = f"train_time:{self.elapsed_ms:.0f}ms"
+        self.log.line(f"resume:{path} step:{self.step}/{self.cfg.iterations} {time}")
 
     def read_checkpoint(self) -> dict | None:
         """The state in the checkpoint that RESUME names; `auto` passes over damaged ones."""
@@ -2460,7 +2466,7 @@ class Trainer:
             try:
                 with refusing(path, "a checkpoint of this script"):
                     state = load_torch(read_file(path))
-                    theirs = state["identity"]
+                    theirs = {str(name): str(value) for name, value in state["identity"].items()}
             except UserError as error:
                 require(auto, str(error))
                 self.log.line(f"warning: skipped {error}")
@@ -2473,9 +2479,7 @@ class Trainer:
                 not differ,
                 f"{path}: it was made under {', '.join(found)}; set them back, or leave out RESUME",
             )
-            time = f"train_time:{state['elapsed_ms']:.0f}ms"
-            self.log.line(f"resume:{path} step:{state['step']}/{self.cfg.iterations} {time}")
-            return state
+            return state | {"path": path}
         return None
 
     def tick(self, now: float):
@@ -2704,7 +2708,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     rt = None
     status = 0
     message = ""
-    is_speaker = os.environ.get("RANK", "0") == "0"
+    is_speaker = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
     try:
         require(
             not arguments,
