@@ -66,10 +66,11 @@ def test_forward_follows_the_recipe(rt, settings):
     ids = torch.randint(0, cfg.vocab_size, (2, 13))
     targets = torch.randint(0, cfg.vocab_size, (2, 13))
     losses = model(ids, targets)
+    logits = model(ids)
     for row in range(2):
-        expected = -reference_logits(model, cfg, ids[row]).log_softmax(-1)[
-            torch.arange(13), targets[row]
-        ]
+        exact = reference_logits(model, cfg, ids[row])
+        expected = F.cross_entropy(exact, targets[row], reduction="none")
+        torch.testing.assert_close(logits[row].double(), exact, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(losses[row].double(), expected, atol=2e-5, rtol=2e-5)
 
 
@@ -111,14 +112,12 @@ def test_initial_weights(rt):
     )
 
 
-@pytest.mark.parametrize("seed_used_before", [0, 5])
-def test_a_seed_means_the_same_weights(rt, seed_used_before):
-    torch.manual_seed(seed_used_before)
-    torch.manual_seed(7)
-    first = tg.GPT(tiny_config(), rt.dtype).state_dict()
-    torch.manual_seed(7)
-    second = tg.GPT(tiny_config(), rt.dtype).state_dict()
+def test_a_seed_means_the_same_weights(rt):
+    first, second, other = (
+        tg.build_model(tiny_config(seed=seed), rt.dtype).state_dict() for seed in (7, 7, 8)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["tok_emb.weight"], other["tok_emb.weight"])
 
 
 def test_positions_reach_the_head_alone(rt):
@@ -166,45 +165,54 @@ def test_residual_stream_and_products_are_bf16_and_losses_fp32(monkeypatch):
 
 
 def test_rope_tables_are_built_in_double_precision():
-    cos, sin = tg.rope_tables(torch.arange(130_001), 64, 10000.0)
-    exact = 130_000 * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
-    for row, expected in (
-        (cos[130_000], (exact.cos(), exact.cos())),
-        (sin[130_000], (exact.sin(), -exact.sin())),
-    ):
-        torch.testing.assert_close(row.double(), torch.cat(expected), atol=1e-7, rtol=0)
+    tables = tg.rope_tables(torch.arange(130_001), 64, 10000.0)
+    angle = 130_000 * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    for table, expected in zip(tables, (angle.cos(), angle.sin()), strict=True):
+        torch.testing.assert_close(table[130_000].double(), expected, atol=1e-7, rtol=0)
 
 
-def test_a_frozen_copy_scores_the_same_and_keeps_its_gains():
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_copy_scores_the_same_and_keeps_its_gains(tied):
     """Weights are cast once instead of in every pass; gains are used in fp32."""
-    rt = tg.Runtime(CPU, torch.bfloat16)
-    model = tiny_model(tiny_config(), rt)
+    model = tiny_model(tiny_config(tie_embeddings=tied), tg.Runtime(CPU, torch.bfloat16))
     ids = torch.arange(64).view(2, 32)
     copied = tg.frozen(model)
     assert torch.equal(copied(ids, ids.flip(0)), model(ids, ids.flip(0)))
-    kept = {name for name, p in copied.named_parameters() if p.dtype is torch.float32}
-    assert kept == {f"blocks.{i}.attn.q_gain" for i in range(3)}
-    assert not any(p.requires_grad for p in copied.parameters()) and all(
-        p.requires_grad for p in model.parameters()
-    )
+    for name, p in copied.named_parameters():
+        is_matrix = name.endswith(".weight")
+        assert p.dtype is (torch.bfloat16 if is_matrix else torch.float32), name
+    assert (copied.lm_head.weight is copied.tok_emb.weight) == tied
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def attention_results(attend, inputs, weight, dtype):
+    """What `attend` makes of q, k and v cast to `dtype`, and the gradients of its weighted sum."""
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+    out = attend(*inputs)
+    loss = (out * weight.to(dtype)).sum()
+    return [out, *torch.autograd.grad(loss, inputs)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("length", [1, 16, 70])
-def test_blocked_attention_is_attention(dtype, tolerance, length):
-    """Values and gradients of torch's own in fp64, over less than a block, one and several, the last one short."""
+def test_our_attention_is_torchs(dtype, tolerance, length):
+    """Values and gradients of torch's own in fp64, over less than a block, one and several."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, length, heads, 8).transpose(1, 2).to(dtype) for heads in (6, 2, 2)]
-    weight, results = torch.randn(2, 6, length, 8), []
-    for kind in (torch.float64, dtype):
-        q, k, v = (tensor.to(kind).requires_grad_() for tensor in inputs)
-        exact = kind is torch.float64
-        out = (
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            if exact
-            else tg.causal_attention(q, k, v, block=16)
-        )
-        results.append([out, *torch.autograd.grad((out * weight.to(kind)).sum(), (q, k, v))])
-    for expected, ours in zip(*results, strict=True):
-        assert ours.dtype is dtype
-        torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
+    weight = torch.randn(2, 6, length, 8)
+    future = torch.full((2, length, length), -math.inf).triu(1)
+    exact = attention_results(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        inputs,
+        weight,
+        torch.float64,
+    )
+    for attend in (
+        lambda q, k, v: tg.causal_attention(q, k, v, block=16),
+        lambda q, k, v: tg.masked_attention(q, k, v, future.to(dtype)),
+    ):
+        found = attention_results(attend, inputs, weight, dtype)
+        for ours, expected in zip(found, exact, strict=True):
+            assert ours.dtype is dtype
+            torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
