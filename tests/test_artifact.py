@@ -241,7 +241,12 @@ def test_steps_follow_what_errors_cost():
 
 
 def test_integers_are_of_8_bits_however_fine_the_steps():
-    weights, _ = lesson()
+    """Also where errors fed back would push a weight beyond."""
+    weights, stats = lesson()
+    brim = weights.sign() * (127 - 0.4 * torch.rand_like(weights)) / 128
+    q, scale = tg.round_matrices(plan_of(brim, stats), 2.0**-60)
+    assert (scale == 1 / 128).all()
+    assert q.abs().max() == 127
     stats = tg.MatrixStats(torch.eye(64), torch.ones(48))
     q, scale = tg.round_matrices(plan_of(weights, stats), 2.0**-60)
     assert 106 <= q.abs().amax(2).min() <= q.abs().max() <= 127  # within a quarter of an octave

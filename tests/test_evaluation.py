@@ -169,6 +169,7 @@ def reference(model, docs, how, rt):
     stream = docs.tokens.long()
     for start, n in zip(docs.starts, docs.predictions, strict=True):
         loras = tg.NO_ADAPTERS
+        cache = None
         if how.learner:
             fresh = tg.DocumentAdapters(model, how.learner, how.chunk, 1, rt)
             flat = fresh.start.clone()[None].requires_grad_()
@@ -176,10 +177,15 @@ def reference(model, docs, how, rt):
         for place in range(0, n, how.chunk):
             end = min(place + how.chunk, n)
             begin = max(0, end - how.window)
+            if how.stream:
+                begin = place
+                cache = cache or tg.KVCache(1, how.window, 1, rt)
+                cache.chunk = end - place
+                cache.advance(1)
             window = stream[start + begin : start + end + 1][None]
             if how.learner:
                 loras = fresh.unflatten(flat)
-            losses = model(window[:, :-1], window[:, 1:], adapters=loras)[0, place - begin :]
+            losses = model(window[:, :-1], window[:, 1:], None, loras, cache)[0, place - begin :]
             nats += losses.sum().item()
             tokens += len(losses)
             if how.learner and end < n:
@@ -189,17 +195,19 @@ def reference(model, docs, how, rt):
     return nats, tokens
 
 
-@pytest.mark.parametrize("learn", [False, True])
-@pytest.mark.parametrize("tied", [True, False])
-def test_batched_evaluation_equals_one_document_at_a_time(rt, learn, tied):
+@pytest.mark.parametrize(
+    ("tied", "learn", "stream"),
+    [(True, False, False), (True, True, False), (False, True, False), (True, True, True)],
+)
+def test_batched_evaluation_equals_one_document_at_a_time(rt, tied, learn, stream):
     cfg = tiny_config(tie_embeddings=tied, ttt_lora_lr=0.02)
     model, docs = tiny_model(cfg, rt), tiny_documents(LENGTHS)
-    nats, tokens = reference(model, docs, tiny_condition(cfg, learn), rt)
-    result = score(model, docs, rt, learn=learn)
+    nats, tokens = reference(model, docs, tiny_condition(cfg, learn, stream), rt)
+    result = score(model, docs, rt, learn=learn, stream=stream)
     assert result.tokens == tokens
     assert result.nats == pytest.approx(nats, rel=2e-6)
     if learn:
-        plain = score(model, docs, rt, learn=False)
+        plain = score(model, docs, rt, learn=False, stream=stream)
         assert abs(result.nats - plain.nats) > 5e-5 * nats
 
 

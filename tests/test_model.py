@@ -58,7 +58,12 @@ def reference_logits(model, cfg, ids):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_layers": 4, "tie_embeddings": False, "mlp_mult": 3, "num_kv_heads": 4}]
+    "settings",
+    [
+        {},
+        {"num_layers": 1},
+        {"num_layers": 4, "tie_embeddings": False, "mlp_mult": 3, "num_kv_heads": 4},
+    ],
 )
 def test_forward_follows_the_recipe(rt, settings):
     cfg = tiny_config(**settings)
