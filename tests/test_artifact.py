@@ -182,9 +182,10 @@ def test_calibration_measures_inputs_and_outputs(rt, model, tied):
 
 
 def test_an_untied_embedding_is_measured_by_its_rows(rt, model):
-    """A row's slope: the mean square of the gradient that its uses send back, by finite steps."""
+    """A row's slope: the mean square of the gradient that its uses send back."""
     model = tiny_model(replace(model.cfg, tie_embeddings=False), rt)
-    tokens = torch.from_numpy(tg.open_shards(model.cfg.data_path, "train")[0][:31].astype(np.int64))
+    shard = tg.open_shards(model.cfg.data_path, "train")[0]
+    tokens = torch.from_numpy(shard[:31].astype(np.int64))
     ids = tokens[None, :-1]
     embedded = model.tok_emb(ids).detach().float().requires_grad_()
     model.tok_emb.register_forward_hook(lambda module, args, out: embedded)
