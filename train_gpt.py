@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""Train a small GPT under a hard budget, save it in 16,000,000 bytes, and score it by test-time training.
+"""Train a small GPT on a time budget, pack it into 16 MB, and score it with test-time training.
 
-    python train_gpt.py                                       one process, on whatever device there is
+    python train_gpt.py                                       one process, on a GPU if there is one
     torchrun --standalone --nproc_per_node=8 train_gpt.py     the full run on eight GPUs
-    torchrun --standalone --nproc_per_node=2 train_gpt.py     two ranks on a CPU (gloo)
-    EVAL_ONLY=1 MODEL_PATH=final_model.int8.ptz python train_gpt.py       score an artifact, train nothing
+    DEVICE=cpu torchrun --standalone --nproc_per_node=2 train_gpt.py      two CPU ranks (gloo)
+    EVAL_ONLY=1 MODEL_PATH=final_model.int8.ptz python train_gpt.py       only score an artifact
 
-Every setting is an environment variable: the fields of `Config`, in capitals. The number to read
-is `val_bpb`, bits per UTF-8 byte of the validation text; lower is better. The `ladder` lines at
-the end score the artifact, as read back from disk, under the conditions that EVAL names. Under
-`ttt` and `stream` every document trains its own throw-away adapters. The `audit` lines are checks;
-a check that fails stops the run.
+Every `Config` field is an environment variable, in upper case. The metric is `val_bpb`, bits per
+UTF-8 byte of the validation text; lower is better. The final `ladder` lines score the artifact, as
+read back from disk, under each condition in EVAL. Under `ttt` and `stream` each document trains its
+own LoRA adapters on text that is already scored, then discards them. A failed `audit` aborts the
+run.
 
-The bands, in reading order; each uses only those above it: config, runtime, log, data and bytes,
-model, optimizers, adapters, evaluation, calibration, artifact, audits, training, main.
+Bands, each using only those above it: config, runtime, log, data and bytes, model, optimizers,
+adapters, evaluation, calibration, artifact, audits, training, main.
 
-Shapes in docstrings: B rows (sequences or documents), T input tokens, S scored positions, D model
-dim, H query heads, G key/value heads, N head dim, R adapter rank, V vocabulary, C chunk, W window,
-P adapter parameters of one document. Losses are in nats.
+Shapes in docstrings: B batch rows (sequences or documents), T input tokens, S scored positions,
+D model dim, H query heads, G key/value heads, N head dim, R adapter rank, V vocabulary, C chunk
+length, W window length, P adapter parameters per document, n tokens of the validation stream,
+K matrices in a batch. Losses are in nats.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ RUNGS = ("flat", "doc", "stride", "ttt", "stream")
 TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "fc", "mlp.proj", "lm_head")
 MAX_LAYERS = 300
 
-# Each preset overrides defaults of `Config`. `cpu` was tuned on two cores (records/NOTES.md).
+# Presets override the defaults of `Config`. `cpu` was tuned on two cores (records/NOTES.md).
 PRESETS = {
     "baseline": {},
     "cpu": {
@@ -98,13 +99,13 @@ PRESETS = {
 
 
 class UserError(ValueError):
-    """Something a user can put right: shown as one line, without a traceback, with exit status 1.
+    """An error that the user can fix: one line, no traceback, exit status 1.
 
-    All ranks raise it alike (`Runtime.together` sees to that), so rank 0 alone prints it.
+    Raised on every rank (see `Runtime.together`) and printed by rank 0 only.
     """
 
     def __str__(self) -> str:
-        # The text may quote a stranger's file, which must not control the terminal.
+        # It may quote an untrusted file: drop terminal control characters.
         line = super().__str__()[:1500]
         return "".join(c if c.isprintable() else "?" for c in line)
 
@@ -123,9 +124,9 @@ def setting(
     choices: tuple[str, ...] = (),
     decides: bool = False,
 ) -> Any:
-    """A field of `Config`: its default, its meaning, and the numbers or words that it accepts.
+    """A field of `Config`: its default, its help text, and the range or choices that it accepts.
 
-    `decides`: the setting decides what training computes, so a checkpoint cannot go on without it.
+    `decides`: the setting affects training, so it must match when a run is resumed.
     """
     metadata = dict(help=help, least=least, most=most, choices=choices, decides=decides)
     return field(default=default, metadata=metadata)
@@ -136,90 +137,94 @@ decisive = functools.partial(setting, decides=True)
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, with the published record's defaults."""
+    """Every setting of a run. The defaults are the published record's."""
 
     # What to run, and where
     preset: str = setting(
-        "auto", "baseline with CUDA, cpu elsewhere", choices=("auto", "baseline", "cpu")
+        "auto", "auto: baseline on CUDA, else cpu", choices=("auto", "baseline", "cpu")
     )
-    device: str = setting("auto", "cuda where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "auto: cuda if available", choices=("auto", "cpu", "cuda"))
     dtype: str = setting(
         "auto",
-        "compute dtype; auto: bfloat16 where it is fast",
+        "compute dtype; auto: bfloat16 if natively supported",
         choices=("auto", "bfloat16", "float32"),
     )
     compile: str = setting(
-        "auto", "torch.compile for training; auto: where it pays", choices=("auto", "0", "1")
+        "auto", "torch.compile for training; auto: when it pays off", choices=("auto", "0", "1")
     )
-    eval_only: bool = setting(False, "1: score MODEL_PATH, train nothing")
-    model_path: str = setting("", "take the weights and the shape of this .ptz or .pt file")
+    eval_only: bool = setting(False, "1: only score MODEL_PATH")
+    model_path: str = setting("", "load weights and model shape from this .ptz or .pt file")
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of shards")
     tokenizer_path: str = setting(
-        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards"
+        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model that encoded the shards"
     )
-    out_dir: str = setting(".", "folder for everything the run writes; one run at a time")
-    artifact_budget: int = setting(16_000_000, "bytes of script and artifact together", 1)
-    run_id: str = setting("", "names log and checkpoints; empty: a uuid4, or the resumed run's")
-    scores_path: str = setting("", "in OUT_DIR: a .csv with the loss of every chunk; empty: none")
-    resume: str = setting("", "auto: the newest checkpoint in OUT_DIR, if any; or a path")
+    out_dir: str = setting(".", "output folder; one run at a time")
+    artifact_budget: int = setting(16_000_000, "maximum bytes, script + artifact", 1)
+    run_id: str = setting("", "names log and checkpoints; empty: the resumed run's, else a uuid4")
+    scores_path: str = setting("", "per-chunk losses: a .csv file in OUT_DIR; empty: none")
+    resume: str = setting("", "checkpoint path, or auto: the newest in OUT_DIR, if any")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
-    rank_timeout_seconds: float = setting(600.0, "how long a rank waits for the others", 1, 1e6)
-    # What is reported on the way
-    warmup_steps: int = setting(20, "steps that prime the machine and are undone", 0, 1e4)
-    val_batch_size: int = setting(524288, "tokens of a flat-evaluation step, as in training", 1)
-    val_loss_every: int = setting(1000, "steps between validations; 0: only the last")
-    train_log_every: int = setting(200, "steps between loss lines; 0: none")
+    rank_timeout_seconds: float = setting(600.0, "timeout of collectives", 1, 1e6)
+    # Warm-up, validation and logging
+    warmup_steps: int = setting(20, "warm-up steps, undone before training", 0, 1e4)
+    val_batch_size: int = setting(
+        524288, "tokens per flat-evaluation step, over all ranks and micro-steps", 1
+    )
+    val_loss_every: int = setting(1000, "steps between validations; 0: only at the end")
+    train_log_every: int = setting(200, "steps between train-loss lines; 0: none")
     max_val_docs: int = setting(0, "evaluate only the first N documents; 0: all")
     # Training
-    seed: int = decisive(1337, "seed of the weights")
-    iterations: int = decisive(20000, "steps at most")
-    max_wallclock_seconds: float = decisive(600.0, "seconds of training; 0: no cap")
-    warmdown_iters: int = decisive(1200, "steps over which the rates fall to 0")
+    seed: int = decisive(1337, "seed of the initial weights")
+    iterations: int = decisive(20000, "maximum steps")
+    max_wallclock_seconds: float = decisive(600.0, "training time limit; 0: none")
+    warmdown_iters: int = decisive(1200, "final steps over which the learning rates decay to 0")
     train_batch_tokens: int = decisive(524288, "tokens per step, over all ranks", 1, 1e9)
     train_seq_len: int = decisive(1024, "tokens per row in training and flat evaluation", 1, 65536)
     grad_accum_steps: int = setting(
-        0, "micro-steps per step; 0: 8 (cpu: 2) / world size where whole, else 1"
+        0, "micro-steps per step and rank; 0: 8 (cpu: 2) / world size if divisible, else 1"
     )
     # Model
-    vocab_size: int = decisive(1024, "pieces", 4, 65536)
+    vocab_size: int = decisive(1024, "vocabulary size", 4, 65536)
     num_layers: int = decisive(9, "blocks", 1, MAX_LAYERS)
-    model_dim: int = decisive(512, "width", 2, 65536)
+    model_dim: int = decisive(512, "residual width", 2, 65536)
     num_heads: int = decisive(8, "query heads", 1, 1000)
     num_kv_heads: int = decisive(4, "key/value heads", 1, 1000)
     mlp_mult: int = decisive(2, "MLP width / model width", 1, 1000)
-    tie_embeddings: bool = decisive(True, "1: the head is the embedding")
+    tie_embeddings: bool = decisive(True, "1: tie the head to the embedding")
     rope_base: float = decisive(10000.0, "base of the rotary frequencies", 1)
-    logit_softcap: float = decisive(30.0, "logits stay within plus and minus this", 1e-3)
+    logit_softcap: float = decisive(30.0, "soft cap on the logits", 1e-3)
     qk_gain_init: float = decisive(1.5, "initial query gain per head")
-    tied_embed_init_std: float = decisive(0.005, "initial spread of a tied embedding")
+    tied_embed_init_std: float = decisive(0.005, "initial standard deviation of a tied embedding")
     # Optimizers
-    embed_lr: float = decisive(0.6, "Adam, untied embedding")
-    head_lr: float = decisive(0.008, "Adam, untied head")
-    tied_embed_lr: float = decisive(0.05, "Adam, tied embedding")
-    matrix_lr: float = decisive(0.04, "Muon")
-    scalar_lr: float = decisive(0.04, "Adam, vectors and gains")
-    muon_momentum: float = decisive(0.95, "momentum after its warm-up", 0, 1)
-    muon_momentum_warmup_start: float = decisive(0.85, "momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = decisive(500, "steps from the first to the second")
+    embed_lr: float = decisive(0.6, "Adam learning rate, untied embedding")
+    head_lr: float = decisive(0.008, "Adam learning rate, untied head")
+    tied_embed_lr: float = decisive(0.05, "Adam learning rate, tied embedding")
+    matrix_lr: float = decisive(0.04, "Muon learning rate")
+    scalar_lr: float = decisive(0.04, "Adam learning rate, vectors and gains")
+    muon_momentum: float = decisive(0.95, "Muon momentum after its warm-up", 0, 1)
+    muon_momentum_warmup_start: float = decisive(0.85, "Muon momentum at step 0", 0, 1)
+    muon_momentum_warmup_steps: int = decisive(500, "steps of momentum warm-up")
     muon_backend_steps: int = decisive(5, "Newton-Schulz iterations", 0, 100)
     beta1: float = decisive(0.9, "Adam", 0, 0.999999)
     beta2: float = decisive(0.95, "Adam", 0, 0.999999)
     adam_eps: float = decisive(1e-8, "Adam")
-    grad_clip_norm: float = decisive(0.0, "global norm; 0: no clipping")
-    # Evaluation and its test-time training
+    grad_clip_norm: float = decisive(0.0, "gradient clipping by global norm; 0: none")
+    # Evaluation and test-time training
     eval: tuple[str, ...] = setting(
-        ("flat", "ttt", "stream"), "conditions, in order", choices=RUNGS
+        ("flat", "ttt", "stream"), "evaluation conditions, in order", choices=RUNGS
     )
-    ttt_lora_rank: int = setting(8, "adapter rank", 1, 1024)
-    ttt_lora_lr: float = setting(0.01, "Adam rate of the adapters")
-    ttt_chunk_size: int = setting(256, "predictions scored, then learned from, at once", 1, 65536)
-    ttt_eval_seq_len: int = setting(1024, "tokens of context at most", 1, 65536)
-    ttt_batch_size: int = setting(64, "documents side by side", 1)
-    ttt_stream_chunk: int = setting(64, "stream: predictions scored, then learned from", 1, 65536)
-    ttt_stream_lr: float = setting(0.0045, "stream: Adam rate at the start of a document")
+    ttt_lora_rank: int = setting(8, "ttt: adapter rank", 1, 1024)
+    ttt_lora_lr: float = setting(0.01, "ttt: Adam learning rate")
+    ttt_chunk_size: int = setting(256, "ttt: tokens scored, then trained on, per step", 1, 65536)
+    ttt_eval_seq_len: int = setting(1024, "maximum context length", 1, 65536)
+    ttt_batch_size: int = setting(64, "documents per batch", 1)
+    ttt_stream_chunk: int = setting(
+        64, "stream: tokens scored, then trained on, per step", 1, 65536
+    )
+    ttt_stream_lr: float = setting(0.0045, "stream: initial Adam learning rate")
     ttt_stream_rank: int = setting(32, "stream: adapter rank", 1, 1024)
     ttt_stream_targets: tuple[str, ...] = setting(
-        TARGETS[3:], "stream: projections with adapters", choices=TARGETS
+        TARGETS[3:], "stream: projections that get adapters", choices=TARGETS
     )
 
 
@@ -233,7 +238,7 @@ PARSERS = {
 
 
 def is_allowed(value: Any, spec: Any) -> bool:
-    """Whether the field `spec` of `Config` accepts this value."""
+    """Whether the `Config` field `spec` accepts this value."""
     choices = spec.metadata["choices"]
     if isinstance(value, tuple):
         return set(value) <= set(choices) and len(set(value)) == len(value)
@@ -245,7 +250,7 @@ def is_allowed(value: Any, spec: Any) -> bool:
 
 
 def describe_allowed(spec: Any) -> str:
-    """The values that the field `spec` of `Config` accepts, in words."""
+    """The values that the `Config` field `spec` accepts, in words."""
     kind = type(spec.default)
     choices = ", ".join(spec.metadata["choices"])
     if kind is tuple:
@@ -258,7 +263,7 @@ def describe_allowed(spec: Any) -> str:
 
 
 def parse_setting(name: str, text: str, spec: Any) -> Any:
-    """The value that `text` spells for the field `spec`. `UserError` says what was expected."""
+    """Parse `text` for the field `spec`. `UserError` says what was expected."""
     try:
         value = PARSERS[type(spec.default)](text)
         allowed = is_allowed(value, spec)
@@ -270,12 +275,12 @@ def parse_setting(name: str, text: str, spec: Any) -> Any:
 
 
 def read_count(env: Mapping, name: str, default: int) -> int:
-    """A number that torchrun sets. `UserError` if it is none."""
+    """An integer that torchrun sets. `UserError` if it is malformed."""
     return parse_setting(name, env.get(name, str(default)), setting(default, "", least=default))
 
 
 def spell(value: Any) -> str:
-    """The text that stands for a setting's value in the environment: what a parser reads back."""
+    """A setting's value as text: the inverse of `parse_setting`."""
     if isinstance(value, tuple):
         return ",".join(value)
     if isinstance(value, bool):
@@ -286,7 +291,7 @@ def spell(value: Any) -> str:
 def read_config(env: Mapping) -> Config:
     """Settings from the environment, else the preset's, else the defaults.
 
-    Raises `UserError` for values that are impossible alone or together.
+    Raises `UserError` for values that are invalid, alone or together.
     """
     given = {}
     for spec in fields(Config):
@@ -302,7 +307,7 @@ def read_config(env: Mapping) -> Config:
         preset = "baseline" if device == "cuda" else "cpu"
     accum = given.get("grad_accum_steps")
     if not accum:
-        # Ranks share the micro-steps, so that the order of tokens does not depend on their number.
+        # Split micro-steps over ranks, so that token order does not depend on the world size.
         micro_steps = PRESETS[preset].get("grad_accum_steps", 8)
         accum = micro_steps // world if micro_steps % world == 0 else 1
     resolved = {"device": device, "preset": preset, "grad_accum_steps": accum}
@@ -312,15 +317,15 @@ def read_config(env: Mapping) -> Config:
 
 
 def check_config(cfg: Config, world: int):
-    """Refuse settings that parse one by one but cannot work together, with `UserError`."""
-    name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
+    """Raise `UserError` for settings that conflict."""
+    file_name = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,180}"
     require(
-        re.fullmatch(f"({name})?", cfg.run_id),
+        re.fullmatch(f"({file_name})?", cfg.run_id),
         f"RUN_ID={cfg.run_id!r:.80}: expected letters, digits, '.', '_' and '-', since it names"
         " files; rename it",
     )
     require(
-        re.fullmatch(rf"({name}\.csv)?", cfg.scores_path),
+        re.fullmatch(rf"({file_name}\.csv)?", cfg.scores_path),
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in"
         " .csv; rename it",
     )
@@ -329,11 +334,10 @@ def check_config(cfg: Config, world: int):
         "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score",
     )
     window = cfg.ttt_eval_seq_len
-    for chunk in ("ttt_chunk_size", "ttt_stream_chunk"):
-        found = f"{chunk.upper()}={getattr(cfg, chunk)}"
-        require(
-            getattr(cfg, chunk) <= window, f"{found}: expected at most TTT_EVAL_SEQ_LEN={window}"
-        )
+    for name in ("ttt_chunk_size", "ttt_stream_chunk"):
+        chunk = getattr(cfg, name)
+        expected = f"expected at most TTT_EVAL_SEQ_LEN={window}"
+        require(chunk <= window, f"{name.upper()}={chunk}: {expected}")
     check_shape(cfg)
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(1, round(cfg.train_batch_tokens / unit)) * unit
@@ -346,7 +350,7 @@ def check_config(cfg: Config, world: int):
 
 
 def check_shape(cfg: Config):
-    """Refuse numbers of heads that do not divide what they share, with `UserError`."""
+    """Raise `UserError` unless the head counts divide evenly."""
     require(
         cfg.model_dim % (2 * cfg.num_heads) == 0,
         f"MODEL_DIM={cfg.model_dim}: expected a multiple of twice NUM_HEADS={cfg.num_heads}, since"
@@ -360,25 +364,25 @@ def check_shape(cfg: Config):
 
 
 # ==== Runtime =====================================================================================
-# Devices, ranks, clocks and signals: what depends on the machine is decided here.
+# Devices, ranks, clocks and signals: everything that depends on the machine.
 
 
 class Stopped(BaseException):
-    """The signal of this number asked the run to stop. No `except Exception` catches it."""
+    """A signal (args[0]) stops the run. Not an `Exception`, so that no handler swallows it."""
 
 
+@dataclass
 class Signals:
-    """What the first SIGINT, SIGTERM or SIGHUP does; a signal that nohup ignores stays ignored.
+    """Handling of SIGINT, SIGTERM and SIGHUP. Signals that are ignored (nohup) stay ignored.
 
-    It raises `Stopped` at once, or, inside `deferred()`, when that ends; training looks at `number`
-    after every step. Signals within a second of the first count as one, since torchrun repeats
-    what a terminal sends to everybody. A later signal ends the process by its default action.
+    The first one raises `Stopped`: at once, or at the end of a `deferred()` block. Training polls
+    `number` after every step. Signals within a second count as one, since torchrun forwards a
+    Ctrl-C that the ranks already got. A later signal kills the process.
     """
 
-    def __init__(self):
-        self.number = 0  # the first signal that came; 0: none did
-        self.heard_at = 0.0
-        self.is_deferred = False
+    number: int = 0  # the first signal received; 0: none
+    heard_at: float = 0.0  # time.monotonic() of that signal
+    is_deferred: bool = False
 
     def install(self):
         """Handle the signals from now on."""
@@ -386,8 +390,8 @@ class Signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.handle)
 
-    def handle(self, number: int, frame: Any):
-        """The handler, which Python calls in the main thread between two bytecodes."""
+    def handle(self, number: int, frame):
+        """The handler. Python runs it in the main thread, between bytecodes."""
         now = time.monotonic()
         if not self.number:
             self.number = number
@@ -400,7 +404,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the block finish first; then raise `Stopped` if a signal came meanwhile."""
+        """Delay `Stopped` until the block ends."""
         self.is_deferred = True
         try:
             yield
@@ -411,7 +415,7 @@ class Signals:
 
 
 def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
-    """(compute dtype, why). DTYPE=auto is bf16 where the hardware multiplies it, else fp32."""
+    """(compute dtype, why). DTYPE=auto is bf16 if natively supported, else fp32."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype), "DTYPE"
     if cfg.device == "cuda":
@@ -440,32 +444,32 @@ def claim_device(cfg: Config, env: Mapping) -> torch.device:
 
 
 def join_ranks(cfg: Config):
-    """Meet the other ranks. gloo carries what lives on the CPU, so errors never wait for a GPU."""
+    """Join the process group. CPU tensors use gloo, so that errors never wait for a GPU."""
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout_seconds))
     except (ValueError, RuntimeError) as error:
         raise ConnectionError(
-            f"cannot meet the other ranks ({error!r:.200}); start them with torchrun"
+            f"cannot join the process group ({error!r:.200}); start them with torchrun"
         ) from None
 
 
 def set_up_backends(device: torch.device, dtype: torch.dtype):
-    """Switches of PyTorch and of the C library that decide speed."""
+    """Set the performance flags of PyTorch and malloc."""
     if device.type == "cuda":
         is_fp32 = dtype == torch.float32
         torch.backends.cuda.matmul.allow_tf32 = not is_fp32
         torch.backends.cudnn.allow_tf32 = not is_fp32
-        # Flash attention alone, so that a slow fallback fails loudly. It has no fp32 kernel.
+        # Flash attention only, so that a missing kernel fails loudly. fp32 has none and uses math.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_math_sdp(is_fp32)
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        # glibc keeps what is freed: asking the kernel for every tensor costs a third of a step.
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
+        # Make glibc keep freed memory: returning it to the kernel costs a third of a step.
+        mallopt(-4, 0)  # M_MMAP_MAX: never use mmap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim the heap
 
 
 @dataclass
@@ -476,7 +480,7 @@ class Runtime:
     dtype: torch.dtype  # of matrix products and attention
     rank: int = 0
     world: int = 1
-    score_noise: float = 0.0  # nats by which a score may differ when it is computed twice
+    score_noise: float = 0.0  # tolerance between two computations of a loss, nats
     show_progress: bool = False
     signals: Signals = field(default_factory=Signals)
 
@@ -490,20 +494,20 @@ class Runtime:
         if "WORLD_SIZE" in env:
             join_ranks(cfg)
         set_up_backends(device, dtype)
-        # CPU kernels repeat to the bit; backward kernels of GPUs add atomically, in any order.
+        # CPU kernels are bitwise reproducible; backward kernels of GPUs use atomic adds.
         score_noise = 1e-2 if device.type == "cuda" else 0.0
         show_progress = rank == 0 and sys.stderr.isatty()
         return cls(device, dtype, rank, world, score_noise, show_progress)
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every rank, on all of them."""
+        """All-gather any value: a list with one entry per rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def together(self, work: Callable) -> Any:
-        """work() on every rank. If any rank refuses, all raise the first refusal as `UserError`."""
+        """Run work() on every rank. If one fails, all raise the first error as `UserError`."""
         result = None
         problem = ""
         try:
@@ -517,13 +521,13 @@ class Runtime:
         return result
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum `values` over the ranks, in place."""
+        """All-reduce (sum) a tensor in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def average(self, tensors: Sequence[Tensor]):
-        """Replace the tensors by their means over the ranks: one all-reduce of a flat buffer."""
+        """Average the tensors over the ranks, in place: one flat all-reduce."""
         if self.world == 1:
             return
         flat = torch.cat([tensor.flatten().float() for tensor in tensors])
@@ -532,41 +536,41 @@ class Runtime:
             tensor.copy_(mean.view_as(tensor))
 
     def from_rank0(self, work: Callable) -> Any:
-        """The result of work() on rank 0, on every rank. All raise what rank 0 refuses."""
+        """Run work() on rank 0 and broadcast its result. All ranks raise its error."""
         box = [self.together(lambda: None if self.rank else work())]
         if self.world > 1:
             dist.broadcast_object_list(box, 0)
         return box[0]
 
     def maximum(self, *values: float) -> list[float]:
-        """The largest of each value over the ranks."""
+        """All-reduce (max) a few numbers."""
         largest = torch.tensor(values, dtype=torch.float64, device="cpu")
         if self.world > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
     def upload(self, array: np.ndarray) -> Tensor:
-        """The array on the device, without waiting for the copy where the device can overlap it."""
+        """Copy an array to the device, asynchronously on CUDA."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def seconds(self, wait: bool = True) -> float:
-        """The clock, by default read once the device has done all that was asked of it."""
+        """The clock, by default after a device synchronization."""
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def progress(self, total: float, what: str) -> tqdm:
-        """A progress bar for a person at a terminal."""
+        """A progress bar, on terminals only."""
         layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         hidden = not self.show_progress
         return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
 
 # ==== Log =========================================================================================
-# What the run writes for people and tools, and the files that hold its results.
+# The log, and how files are read and written.
 
 
 @functools.cache
@@ -645,15 +649,6 @@ def describe_hardware(device: torch.device) -> str:
     return f"{names[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def run_nvidia_smi() -> str:
-    """What nvidia-smi prints, or why it could not be run."""
-    try:
-        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi: {error!r}"
-    return done.stdout
-
-
 def choose_run_id(cfg: Config) -> str:
     """RUN_ID; else the run of the newest checkpoint, if RESUME=auto finds one; else a new name."""
     if cfg.run_id:
@@ -662,16 +657,16 @@ def choose_run_id(cfg: Config) -> str:
     return found[0].name.rsplit(".", 2)[0] if found else str(uuid.uuid4())
 
 
+@dataclass
 class RunLog:
     """The console and, once `open` has been called, logs/{RUN_ID}.txt. Rank 0 alone writes."""
 
-    def __init__(self, rank: int = 0):
-        self.rank = rank
-        self.run_id = ""
-        self.path: Path | None = None
-        self.suffix = ""  # " partial" when only some documents are scored: no line may mislead
-        self.artifact: Path | None = None  # once it is exported
-        self.has_gaps = False
+    rank: int = 0
+    run_id: str = ""
+    path: Path | None = None
+    suffix: str = ""  # " partial" when only some documents are scored: no line may mislead
+    artifact: Path | None = None  # once it is there
+    has_gaps: bool = False
 
     def line(self, text: str, console: bool = True, suffix: bool = True):
         """Write to the log and to standard output."""
@@ -731,7 +726,7 @@ class RunLog:
             rule = "=" * 100
             machine = describe_hardware(torch.device(cfg.device))
             if cfg.device == "cuda":
-                machine += "\n" + run_nvidia_smi()
+                machine += "\n" + subprocess.getoutput("nvidia-smi")
             versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
             self.append(f"{source_code()}\n{rule}\n{versions}\n{machine}\n{rule}\n")
             return 1
@@ -888,7 +883,6 @@ class Documents:
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
     starts: np.ndarray  # (docs,) int64, position of each document's BOS, the first that it owns
     predictions: np.ndarray  # (docs,) int64, positions it owns, >= 1; the last predicts a BOS
-    without_text: int = 0  # documents that were left out, having no text
     beyond_limit: int = 0  # targets that were left out by MAX_VAL_DOCS
 
 
@@ -918,7 +912,6 @@ def split_documents(
         bytes=torch.from_numpy(sizes.astype(np.int32)).to(device),
         starts=starts[kept],
         predictions=predictions[kept],
-        without_text=int((~kept).sum()),
         beyond_limit=total - len(stream),
     )
 
@@ -1020,13 +1013,6 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, fp32, built in fp64: (..., T) -> two (..., T, N/2)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angle = positions.double()[..., None] * base**-exponent
-    return angle.cos().float(), angle.sin().float()
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, halves convention: (B, heads, T, N) with tables (..., T, N/2)."""
     first, second = x.chunk(2, dim=-1)
@@ -1068,6 +1054,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (weights.flatten(2, 3) @ v).view(q.shape)
 
 
+@dataclass
 class KVCache:
     """Keys and values of the last W tokens of the documents side by side, for every layer.
 
@@ -1076,16 +1063,16 @@ class KVCache:
     token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
     """
 
-    def __init__(self, rows: int, window: int, chunk: int, rt: Runtime):
-        self.rows = rows
-        self.window = window
-        self.chunk = chunk
-        self.dtype = rt.dtype
-        self.keys: dict[int, Tensor] = {}  # by layer, each (rows, G, W, N)
-        self.values: dict[int, Tensor] = {}
-        # Time counts tokens from the start of the evaluation, positions those of the document.
-        self.now = 0
-        self.began = torch.zeros(rows, dtype=torch.int64, device=rt.device)
+    rows: int
+    window: int  # W
+    chunk: int  # C
+    rt: Runtime
+    now: int = 0  # tokens since the evaluation began; positions count those of the document
+
+    def __post_init__(self):
+        self.began = torch.zeros(self.rows, dtype=torch.int64, device=self.rt.device)
+        self.keys = {}  # by layer, each (rows, G, W, N)
+        self.values = {}
 
     def restart(self, rows: Tensor):
         """Start new documents in these rows: hide everything that was cached before."""
@@ -1098,7 +1085,7 @@ class KVCache:
         queries = times[self.window :]
         age = queries[:, None] - times
         hidden = (age < 0) | (age >= self.window) | (times < began[:, None, None])
-        self.mask = torch.zeros(hidden.shape, dtype=self.dtype, device=began.device)
+        self.mask = torch.zeros(hidden.shape, dtype=self.rt.dtype, device=began.device)
         self.mask.masked_fill_(hidden, -math.inf)
         self.positions = queries - began[:, None]
         self.now += self.chunk
@@ -1140,7 +1127,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, rope: tuple, lora: BlockLoRA, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: Tensor, lora: BlockLoRA, cache: KVCache | None, layer: int
     ) -> Tensor:
         """(B, T, D) -> (B, T, D), in the dtype of x; `layer` is the place in the cache."""
         q = self.split_heads(self.c_q(x, lora.c_q))
@@ -1190,7 +1177,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         x0: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
         lora: BlockLoRA,
         cache: KVCache | None,
         layer: int,
@@ -1231,6 +1218,15 @@ class GPT(nn.Module):
         else:
             role = Role("adam", "head_lr")
             self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, zero_init=True, role=role)
+        positions = torch.arange(max(cfg.train_seq_len, cfg.ttt_eval_seq_len))
+        self.register_buffer("rope_table", self.rope(positions), persistent=False)
+
+    def rope(self, positions: Tensor) -> Tensor:
+        """cos and sin of position x frequency, fp32, built in fp64: (..., T) -> (2, ..., T, N/2)."""
+        evens = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
+        frequency = self.cfg.rope_base ** -(evens / self.head_dim)
+        angle = positions.double()[..., None] * frequency
+        return torch.stack((angle.cos(), angle.sin())).float()
 
     def forward(
         self,
@@ -1246,10 +1242,9 @@ class GPT(nn.Module):
         (B, S) picks the positions that reach the head, None: all, S = T. With a cache the rows go
         on where it ends.
         """
-        positions = torch.arange(ids.size(1), device=ids.device)
+        rope = self.rope_table[:, : ids.size(1)]
         if cache is not None:
-            positions = cache.positions[:, None]  # the same for all heads
-        rope = rope_tables(positions, self.head_dim, self.cfg.rope_base)
+            rope = self.rope(cache.positions[:, None])  # the same for all heads
         x = rms_norm(self.tok_emb(ids).to(self.dtype))
         x0 = x
         skips = []
@@ -1826,6 +1821,7 @@ def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
     stream = TokenStream(open_shards(model.cfg.data_path, "train"))
     model = frozen(model).to("cpu", torch.float32)
     model.dtype = torch.float32
+    length = min(length, model.rope_table.size(1))
     names = {p: name for name, p in model.named_parameters()}
     stats = {}
     for module in model.modules():
@@ -2068,7 +2064,7 @@ def export(model: GPT, log: RunLog) -> Path:
     artifact = fit_artifact(model, state)
     write_atomically(path, artifact)
     content = zlib.decompress(artifact)
-    payload = measure_payload(torch.load(io.BytesIO(content), weights_only=True))
+    payload = measure_payload(load_torch(content))
     ratio = sum(tensor.nbytes for tensor in state.values()) / payload
     code = len(source_code().encode())
     log.line(f"Serialized model: {len(raw)} bytes")
@@ -2587,10 +2583,7 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
     for part in rt.gather(hashes):
         hashes |= part
     cfg = model.cfg
-    log.line(
-        f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()}"
-        f" documents_of_one_token:{docs.without_text}"
-    )
+    log.line(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()}")
     count = sum(p.numel() for p in model.parameters())
     log.line(f"model_params:{count} num_layers:{cfg.num_layers} model_dim:{cfg.model_dim}")
     trainer = None
@@ -2698,9 +2691,9 @@ def explain_stop(number: int, cfg: Config, log: RunLog) -> str:
         command = launch_command(os.environ, RESUME="auto", RUN_ID=log.run_id)
         lines.append(f"go on with: {command}")
     if log.artifact:
-        changes = {"EVAL_ONLY": "1", "MODEL_PATH": str(log.artifact)}
-        changes["RUN_ID"] = f"{log.run_id[:150]}-{uuid.uuid4().hex[:8]}"
-        command = launch_command(os.environ, **changes)
+        command = launch_command(
+            os.environ, EVAL_ONLY="1", MODEL_PATH=str(log.artifact), RUN_ID=str(uuid.uuid4())
+        )
         lines.append(f"score the artifact alone with: {command}")
     return "\n".join(lines)
 

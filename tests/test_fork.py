@@ -60,9 +60,11 @@ FORKS = {
             "        k = rotate_part(rms_norm(k.float()), *rope)\n",
         ),
         (
-            "        rope = rope_tables(positions, self.head_dim, self.cfg.rope_base)\n",
-            "        rope_dim = 2 * round(self.head_dim * self.cfg.rope_share / 2)\n"
-            "        rope = rope_tables(positions, rope_dim, self.cfg.rope_base)\n",
+            "        evens = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)\n"
+            "        frequency = self.cfg.rope_base ** -(evens / self.head_dim)\n",
+            "        dim = 2 * round(self.head_dim * self.cfg.rope_share / 2)\n"
+            "        evens = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)\n"
+            "        frequency = self.cfg.rope_base ** -(evens / dim)\n",
         ),
         (
             "class Attention(nn.Module):\n",
