@@ -373,11 +373,12 @@ def banded_losses(model, docs, window):
     return losses
 
 
-@pytest.mark.parametrize("chunk", [1, 5, C, W, 30, 64])
-@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize(
+    ("chunk", "batch"), [(1, 64), (5, 1), (5, 64), (C, 3), (W, 64), (30, 1), (64, 3)]
+)
 def test_a_stream_that_learns_nothing_is_one_banded_pass(rt, chunk, batch):
     """A query sees itself and W - 1 tokens before it in every layer, wherever a chunk ends."""
-    model, docs = tiny_model(tiny_config(), rt), tiny_documents([*LENGTHS, 120, 200])
+    model, docs = tiny_model(tiny_config(), rt), tiny_documents([*LENGTHS, 120])
     expected = banded_losses(model, docs, W)
     for learner in (None, tg.Learner(tg.TARGETS, 4, 0.0)):
         how = tg.Condition(chunk, W, batch, learner, stream=True)
@@ -426,8 +427,8 @@ def test_a_cache_does_not_grow(rt, monkeypatch):
         sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
 
     monkeypatch.setattr(tg.KVCache, "advance", weigh)
-    stream_score(tiny_model(tiny_config(), rt), tiny_documents([30, 3000, 70]), rt)
-    assert slots == [3] * 4 + [2] * 5 + [1] * 366
+    stream_score(tiny_model(tiny_config(), rt), tiny_documents([30, 1000, 70]), rt)
+    assert slots == [3] * 4 + [2] * 5 + [1] * 116
     assert sizes[-1] == sizes[11] < sizes[8] < sizes[3]
 
 
