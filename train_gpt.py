@@ -1989,9 +1989,10 @@ def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> flo
     """
     low = -60.0  # assumed too large
     high = 60.0  # the smallest artifact
-    if size_at(high) > room:
+    least = size_at(high)
+    if least > room:
         return None
-    unit = guess
+    unit = max(low, min(high, guess))  # a model that is mostly zeros has a guess of -inf
     last_unit = last_size = None
     tries = 0
     while high - low > 0.05:
@@ -2001,8 +2002,9 @@ def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> flo
             low = unit
         else:
             high = unit
-            if size > 0.99 * room or (size == last_size and unit < last_unit):
-                break  # close enough, or int8 is at its finest
+            is_finest = size == last_size > least and unit < last_unit
+            if size > 0.99 * room or is_finest:
+                break  # close enough, or int8 has no finer steps
         if last_size and size != last_size:
             slope = (last_size - size) / (unit - last_unit)
         last_unit = unit

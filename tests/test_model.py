@@ -1,5 +1,6 @@
-"""The model against the formulas of the recipe, written out once more without batching, heads layout or reuse."""
+"""The model against the formulas of the recipe, written out without batches, layout or reuse."""
 
+import functools
 import math
 
 import pytest
@@ -10,55 +11,73 @@ from conftest import CPU, tiny_config, tiny_model
 import train_gpt as tg
 
 
-def reference_logits(model, cfg, ids):
-    """Logits (T, V) of one sequence, position by position and head by head, in float64 (spec section 3)."""
-    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+def norm(x):
+    """x / rms(x) over the last dimension."""
+    eps = torch.finfo(torch.float32).eps
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def turn(x, position, base):
+    """One head's vector (N,), its halves rotated by position x frequency."""
+    first, second = x.chunk(2)
+    frequency = base ** (-torch.arange(len(first), dtype=torch.float64) / len(first))
+    cos = (position * frequency).cos()
+    sin = (position * frequency).sin()
+    return torch.cat((first * cos + second * sin, second * cos - first * sin))
+
+
+def reference_attention(w, cfg, n):
+    """(T, D) -> (T, D) with the weights of one attention, head by head, position by position."""
     dim = cfg.model_dim // cfg.num_heads
+    share = cfg.num_heads // cfg.num_kv_heads
+    out = torch.zeros_like(n)
+    for head in range(cfg.num_heads):
+        own = slice(head * dim, (head + 1) * dim)
+        shared = slice(head // share * dim, (head // share + 1) * dim)
+        queries = norm(n @ w["c_q.weight"][own].T)
+        keys = norm(n @ w["c_k.weight"][shared].T)
+        values = n @ w["c_v.weight"][shared].T
+        keys = torch.stack([turn(key, t, cfg.rope_base) for t, key in enumerate(keys)])
+        for t, query in enumerate(queries):
+            query = turn(query, t, cfg.rope_base) * w["q_gain"][head]
+            weights = (keys[: t + 1] @ query / math.sqrt(dim)).softmax(0)
+            out[t, own] = weights @ values[: t + 1]
+    return out @ w["proj.weight"].T
 
-    def norm(x):
-        return x / (x.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
-    def rope(x, position):
-        half = dim // 2
-        angle = position / cfg.rope_base ** (torch.arange(half, dtype=torch.float64) * 2 / dim)
-        x1, x2 = x[:half], x[half:]
-        return torch.cat(
-            (x1 * angle.cos() + x2 * angle.sin(), -x1 * angle.sin() + x2 * angle.cos())
-        )
+def part_of(w, prefix):
+    """The weights whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
 
-    def attend(n, i):
-        q, k, v = (n @ w[f"blocks.{i}.attn.{name}.weight"].T for name in ("c_q", "c_k", "c_v"))
-        out = torch.zeros_like(n)
-        for h in range(cfg.num_heads):
-            g = h // (cfg.num_heads // cfg.num_kv_heads)
-            span, shared = slice(h * dim, (h + 1) * dim), slice(g * dim, (g + 1) * dim)
-            keys = [rope(norm(k[t, shared]), t) for t in range(len(n))]
-            for t in range(len(n)):
-                query = rope(norm(q[t, span]), t) * w[f"blocks.{i}.attn.q_gain"][h]
-                weight = torch.stack(
-                    [query @ key / math.sqrt(dim) for key in keys[: t + 1]]
-                ).softmax(0)
-                out[t, span] = weight @ v[: t + 1, shared]
-        return out @ w[f"blocks.{i}.attn.proj.weight"].T
 
-    x = x0 = norm(w["tok_emb.weight"][ids])
+def reference_logits(model, cfg, ids):
+    """Logits (T, V) of one sequence in float64, as the recipe has them (spec section 3)."""
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    half = cfg.num_layers // 2
+    x0 = norm(w["tok_emb.weight"][ids])
+    x = x0
     stack = []
     for i in range(cfg.num_layers):
-        if i >= cfg.num_layers // 2 and stack:
-            x = x + w["skip_weights"][i - cfg.num_layers // 2] * stack.pop()
-        mix = w[f"blocks.{i}.resid_mix"]
-        x = mix[0] * x + mix[1] * x0
-        x = x + w[f"blocks.{i}.attn_scale"] * attend(norm(x), i)
-        hidden = torch.relu(norm(x) @ w[f"blocks.{i}.mlp.fc.weight"].T) ** 2
-        x = x + w[f"blocks.{i}.mlp_scale"] * (hidden @ w[f"blocks.{i}.mlp.proj.weight"].T)
-        if i < cfg.num_layers // 2:
+        block = part_of(w, f"blocks.{i}.")
+        if i >= half and stack:
+            x = x + w["skip_weights"][i - half] * stack.pop()
+        x = block["resid_mix"][0] * x + block["resid_mix"][1] * x0
+        x = x + block["attn_scale"] * reference_attention(part_of(block, "attn."), cfg, norm(x))
+        hidden = torch.relu(norm(x) @ block["mlp.fc.weight"].T) ** 2
+        x = x + block["mlp_scale"] * (hidden @ block["mlp.proj.weight"].T)
+        if i < half:
             stack.append(x)
     head = w["tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"]
     return cfg.logit_softcap * torch.tanh(norm(x) @ head.T / cfg.logit_softcap)
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_layers": 4, "tie_embeddings": False, "mlp_mult": 3, "num_kv_heads": 4}]
+    "settings",
+    [
+        {},
+        {"num_layers": 1},
+        {"num_layers": 4, "tie_embeddings": False, "mlp_mult": 3, "num_kv_heads": 4},
+    ],
 )
 def test_forward_follows_the_recipe(rt, settings):
     cfg = tiny_config(**settings)
@@ -66,10 +85,11 @@ def test_forward_follows_the_recipe(rt, settings):
     ids = torch.randint(0, cfg.vocab_size, (2, 13))
     targets = torch.randint(0, cfg.vocab_size, (2, 13))
     losses = model(ids, targets)
+    logits = model(ids)
     for row in range(2):
-        expected = -reference_logits(model, cfg, ids[row]).log_softmax(-1)[
-            torch.arange(13), targets[row]
-        ]
+        exact = reference_logits(model, cfg, ids[row])
+        expected = F.cross_entropy(exact, targets[row], reduction="none")
+        torch.testing.assert_close(logits[row].double(), exact, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(losses[row].double(), expected, atol=2e-5, rtol=2e-5)
 
 
@@ -95,42 +115,44 @@ def test_state_dict_has_the_published_names(rt):
     }
 
 
-def test_initial_weights(rt):
+def test_initial_weights():
     torch.manual_seed(1)
-    model = tg.GPT(tiny_config(model_dim=256, num_heads=4, vocab_size=1024), torch.bfloat16)
+    model = tg.GPT(tiny_config(model_dim=256, vocab_size=1024), torch.bfloat16)
     w = model.state_dict()
-    assert w["tok_emb.weight"].dtype is torch.bfloat16
-    assert w["tok_emb.weight"].float().std().item() == pytest.approx(0.005, rel=0.02)
-    assert all(t.dtype is torch.float32 for name, t in w.items() if name != "tok_emb.weight")
-    assert not w["blocks.0.attn.proj.weight"].any() and not w["blocks.2.mlp.proj.weight"].any()
-    assert (w["blocks.1.attn.q_gain"] == 1.5).all() and (w["skip_weights"] == 1).all()
+    emb = w.pop("tok_emb.weight")
+    assert emb.dtype is torch.bfloat16
+    assert emb.float().std().item() == pytest.approx(0.005, rel=0.02)
+    assert all(tensor.dtype is torch.float32 for tensor in w.values())
+    assert not w["blocks.0.attn.proj.weight"].any()
+    assert not w["blocks.2.mlp.proj.weight"].any()
+    assert (w["blocks.1.attn.q_gain"] == 1.5).all()
+    assert (w["skip_weights"] == 1).all()
     assert (w["blocks.1.resid_mix"] == torch.tensor([[1.0], [0.0]])).all()
     untied = tg.GPT(tiny_config(tie_embeddings=False), torch.bfloat16).state_dict()
-    assert (
-        not untied["lm_head.weight"].any() and untied["tok_emb.weight"].float().std().item() > 0.9
-    )
+    assert not untied["lm_head.weight"].any()
+    assert untied["tok_emb.weight"].float().std().item() > 0.9
 
 
-@pytest.mark.parametrize("seed_used_before", [0, 5])
-def test_a_seed_means_the_same_weights(rt, seed_used_before):
-    torch.manual_seed(seed_used_before)
-    torch.manual_seed(7)
-    first = tg.GPT(tiny_config(), rt.dtype).state_dict()
-    torch.manual_seed(7)
-    second = tg.GPT(tiny_config(), rt.dtype).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_a_seed_means_the_same_weights(rt):
+    def draw(seed):
+        return tg.build_model(tiny_config(seed=seed), rt.dtype).state_dict()
+
+    first = draw(7)
+    for name, tensor in draw(7).items():
+        assert torch.equal(first[name], tensor), name
+    assert not torch.equal(first["tok_emb.weight"], draw(8)["tok_emb.weight"])
 
 
 def test_positions_reach_the_head_alone(rt):
     """Losses at chosen positions equal the same entries of the full forward."""
     cfg = tiny_config()
     model = tiny_model(cfg, rt)
-    ids, targets = torch.randint(0, 96, (3, 20)), torch.randint(0, 96, (3, 20))
+    ids = torch.randint(0, 96, (3, 20))
+    targets = torch.randint(0, 96, (3, 20))
     at = torch.tensor([[4, 5, 6], [0, 1, 2], [17, 18, 19]])
     full = model(ids, targets)
-    torch.testing.assert_close(
-        model(ids, targets.gather(1, at), at), full.gather(1, at), atol=1e-5, rtol=1e-5
-    )
+    some = model(ids, targets.gather(1, at), at)
+    torch.testing.assert_close(some, full.gather(1, at), atol=1e-5, rtol=1e-5)
 
 
 def test_the_future_is_invisible(rt):
@@ -143,68 +165,66 @@ def test_the_future_is_invisible(rt):
     assert torch.equal(model(ids, targets)[:, :12], model(other, targets)[:, :12])
 
 
-def test_residual_stream_and_products_are_bf16_and_losses_fp32(monkeypatch):
-    """The decision that the class docstring states, seen at the doors."""
-    cfg = tiny_config()
-    model = tiny_model(cfg, tg.Runtime(torch.device("cpu"), torch.bfloat16))
-    seen = {"product": set()}
-    block = model.blocks[1]
-    block.register_forward_hook(
-        lambda module, args, out: seen.update(residual=(args[0].dtype, out.dtype))
-    )
-    project = tg.project
-
-    def watched(x, weight, lora):
-        out = project(x, weight, lora)
-        seen["product"].add((x.dtype, out.dtype))
-        return out
-
-    monkeypatch.setattr(tg, "project", watched)
-    losses = model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))
-    assert seen == {"residual": (torch.bfloat16,) * 2, "product": {(torch.bfloat16,) * 2}}
+def test_residual_stream_and_products_are_bf16_and_losses_fp32():
+    """The decision that the class docstring states, seen at the doors of the modules."""
+    model = tiny_model(tiny_config(), tg.Runtime(CPU, torch.bfloat16))
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, (tg.Block, tg.Linear, tg.TiedHead)):
+            module.register_forward_hook(
+                lambda module, args, out: seen.add((args[0].dtype, out.dtype))
+            )
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    losses = model(ids, ids)
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
     assert losses.dtype is torch.float32
 
 
-def test_rope_tables_are_built_in_double_precision():
-    cos, sin = tg.rope_tables(torch.arange(130_001), 64, 10000.0)
-    exact = 130_000 * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
-    for row, expected in (
-        (cos[130_000], (exact.cos(), exact.cos())),
-        (sin[130_000], (exact.sin(), -exact.sin())),
-    ):
-        torch.testing.assert_close(row.double(), torch.cat(expected), atol=1e-7, rtol=0)
+def test_rotary_angles_are_built_in_double_precision(rt):
+    model = tg.GPT(tiny_config(model_dim=256), rt.dtype)
+    angle = 130_000 * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    exact = torch.stack((angle.cos(), angle.sin()))
+    found = model.rope(torch.tensor([130_000]))[:, 0]
+    torch.testing.assert_close(found.double(), exact, atol=1e-7, rtol=0)
 
 
-def test_a_frozen_copy_scores_the_same_and_keeps_its_gains():
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_copy_scores_the_same_and_keeps_its_gains(tied):
     """Weights are cast once instead of in every pass; gains are used in fp32."""
-    rt = tg.Runtime(CPU, torch.bfloat16)
-    model = tiny_model(tiny_config(), rt)
+    model = tiny_model(tiny_config(tie_embeddings=tied), tg.Runtime(CPU, torch.bfloat16))
     ids = torch.arange(64).view(2, 32)
     copied = tg.frozen(model)
     assert torch.equal(copied(ids, ids.flip(0)), model(ids, ids.flip(0)))
-    kept = {name for name, p in copied.named_parameters() if p.dtype is torch.float32}
-    assert kept == {f"blocks.{i}.attn.q_gain" for i in range(3)}
-    assert not any(p.requires_grad for p in copied.parameters()) and all(
-        p.requires_grad for p in model.parameters()
-    )
+    for name, p in copied.named_parameters():
+        is_matrix = name.endswith(".weight")
+        assert p.dtype is (torch.bfloat16 if is_matrix else torch.float32), name
+    assert (copied.lm_head.weight is copied.tok_emb.weight) == tied
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def attention_results(attend, inputs, weight, dtype):
+    """What `attend` makes of q, k and v cast to `dtype`, and the gradients of its weighted sum."""
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+    out = attend(*inputs)
+    loss = (out * weight.to(dtype)).sum()
+    return [out, *torch.autograd.grad(loss, inputs)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("length", [1, 16, 70])
-def test_blocked_attention_is_attention(dtype, tolerance, length):
-    """Values and gradients of torch's own in fp64, over less than a block, one and several, the last one short."""
+def test_our_attention_is_torchs(dtype, tolerance, length):
+    """Values and gradients of torch's own in fp64, over less than a block, one and several."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, length, heads, 8).transpose(1, 2).to(dtype) for heads in (6, 2, 2)]
-    weight, results = torch.randn(2, 6, length, 8), []
-    for kind in (torch.float64, dtype):
-        q, k, v = (tensor.to(kind).requires_grad_() for tensor in inputs)
-        exact = kind is torch.float64
-        out = (
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            if exact
-            else tg.causal_attention(q, k, v, block=16)
-        )
-        results.append([out, *torch.autograd.grad((out * weight.to(kind)).sum(), (q, k, v))])
-    for expected, ours in zip(*results, strict=True):
-        assert ours.dtype is dtype
-        torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
+    weight = torch.randn(2, 6, length, 8)
+    future = torch.full((2, length, length), -math.inf).triu(1)
+    theirs = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    blocked = functools.partial(tg.causal_attention, block=16)
+    masked = functools.partial(tg.masked_attention, mask=future.to(dtype))
+    exact = attention_results(theirs, inputs, weight, torch.float64)
+    for attend in (blocked, masked):
+        found = attention_results(attend, inputs, weight, dtype)
+        for ours, expected in zip(found, exact, strict=True):
+            assert ours.dtype is dtype
+            torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
