@@ -44,8 +44,8 @@ CHECKPOINT = "checkpoints/test.step000000003.pt"
 def runs(tmp_path_factory):
     """What 1, 2 and 3 ranks print and write, with the same tokens for a step."""
     settings = {"ITERATIONS": "3", "TRAIN_BATCH_TOKENS": "1536", "GRAD_CLIP_NORM": "0.3"}
-    settings |= {"MUON_MOMENTUM_WARMUP_STEPS": "0", "DTYPE": "float32", "MAX_VAL_DOCS": None}
-    settings |= {"EVAL": RUNGS, "SCORES_PATH": "scores.csv"}
+    settings |= {"MUON_MOMENTUM_WARMUP_STEPS": "0", "MODEL_DIM": "32", "DTYPE": "float32"}
+    settings |= {"MAX_VAL_DOCS": None, "EVAL": RUNGS, "SCORES_PATH": "scores.csv"}
     finished = {}
     for ranks in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
