@@ -10,13 +10,14 @@ TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone
 .PHONY: demo test lint fineweb train clean
 .DELETE_ON_ERROR:
 
-# Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 6 minutes on 2 cores after the installation.
+# Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 6 minutes on 2 cores
+# after the installation. RESUME=auto goes on with a demo that was stopped; RUN_ID=name gives it a name.
 demo: $(DEMO)/manifest.json $(VENV)/dev
-	PRESET=cpu OUT_DIR=out/demo SCORES_PATH=scores.csv RUN_ID=demo-$$(date +%Y%m%d-%H%M%S) sh -c ' \
-	  $(TORCHRUN) --nproc_per_node=1 train_gpt.py && \
-	  $(BIN)/python records/plot.py out/demo/scores.csv "out/demo/logs/$$RUN_ID.txt" --out out/demo && \
-	  echo && grep "^ladder\|^final_" "out/demo/logs/$$RUN_ID.txt" && \
-	  echo && ls -l out/demo/*.ptz out/demo/*.pt out/demo/*.csv out/demo/*.png "out/demo/logs/$$RUN_ID.txt"'
+	PRESET=cpu OUT_DIR=out/demo SCORES_PATH=scores.csv $(TORCHRUN) --nproc_per_node=1 train_gpt.py
+	log=$$(ls -t out/demo/logs/*.txt | head -n 1) && \
+	  $(BIN)/python records/plot.py out/demo/scores.csv "$$log" --out out/demo && \
+	  echo && grep "^ladder\|^final_" "$$log" && \
+	  echo && ls -l out/demo/*.ptz out/demo/*.pt out/demo/*.csv out/demo/*.png "$$log"
 
 # Lint, then every test. .ci/run does the same.
 test: lint

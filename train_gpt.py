@@ -491,7 +491,7 @@ class Runtime:
         world = read_count(env, "WORLD_SIZE", 1)
         device = claim_device(cfg, env)
         dtype, _ = choose_dtype(cfg)
-        if "WORLD_SIZE" in env:
+        if rank or "WORLD_SIZE" in env:
             join_ranks(cfg)
         set_up_backends(device, dtype)
         # CPU kernels are bitwise reproducible; backward kernels of GPUs use atomic adds.
@@ -1402,11 +1402,11 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
 
 
 # ==== Adapters ====================================================================================
-# What a document learns while it is scored: low-rank corrections, trained by Adam, then thrown away.
+# Low-rank adapters, trained per document by Adam while it is scored, then discarded.
 
-ADAPTER_SEED = 1337  # a constant: the score of an artifact does not move with SEED
+ADAPTER_SEED = 1337  # fixed, so that an artifact's score does not depend on SEED
 
-# The module in a block that each target names, in the order of the fields of `BlockLoRA`.
+# Target name -> module path in a block, in the order of `BlockLoRA`'s fields.
 PROJECTIONS = {
     "c_q": "attn.c_q",
     "c_k": "attn.c_k",
@@ -1419,7 +1419,7 @@ PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Learner:
-    """Which projections have adapters, and how those learn. The defaults are the record's."""
+    """Which projections get adapters, and how these train. The defaults are the record's."""
 
     targets: tuple[str, ...]
     rank: int
@@ -1427,25 +1427,25 @@ class Learner:
     beta1: float = 0.9
     beta2: float = 0.95
     init_scale: float = 1.0
-    # The rate falls with the number t of tokens learned from as (1 + t/1000)^-decay: what a document
-    # is like is learned early, and a constant rate drowns it in noise (records/NOTES.md).
+    # The learning rate decays as (1 + t/1000)^-decay, t = tokens trained on. Most of the gain comes
+    # early in a document; later a constant rate mostly adds noise (records/NOTES.md).
     decay: float = 0.0
 
 
 class AdapterState(NamedTuple):
-    """Adapters of the documents side by side, one row each, and the state of their Adam."""
+    """Adapters and Adam state of a batch, one row per document."""
 
     flat: Tensor  # (slots, P)
-    mean: Tensor  # like flat; (slots, 1) and never read where beta1 is 0
+    mean: Tensor  # like flat; (slots, 1) and unused if beta1 is 0
     square: Tensor  # like flat
     steps: Tensor  # (slots, 1)
 
 
 class DocumentAdapters:
-    """Every document's own adapters, all of which start from the same seeded values.
+    """One set of adapters per document, all from the same seeded initial values.
 
-    A ~ U(-s, s) with s = init_scale / sqrt(in), B = 0. The adapters of a document are one row of
-    `state.flat`, so that one update serves all, and no score depends on the neighbours.
+    A ~ U(-s, s) with s = init_scale / sqrt(in), B = 0. Each document is one row of `state.flat`, so
+    that one update serves all, and documents stay independent of each other.
     """
 
     def __init__(self, model: GPT, learner: Learner, chunk: int, slots: int, rt: Runtime):
@@ -1473,13 +1473,13 @@ class DocumentAdapters:
         self.state = AdapterState(flat, mean, torch.zeros_like(flat), steps)
 
     def restart(self, rows: Tensor):
-        """Give the documents that start in these rows fresh adapters and optimizer state."""
+        """Reset adapters and optimizer state in these rows, for new documents."""
         for tensor in self.state:
             tensor[rows] = 0
         self.state.flat[rows] = self.start
 
     def unflatten(self, flat: Tensor) -> Adapters:
-        """The matrices inside rows of `state.flat` (b, P), in the model's dtype."""
+        """Split rows of `state.flat` (B, P) into LoRA matrices, in the model's dtype."""
         rank = self.learner.rank
         parts = flat.to(self.dtype).split([rank * sum(shape) for shape in self.shapes], dim=1)
         pairs = []
@@ -1495,13 +1495,13 @@ class DocumentAdapters:
 
     @torch.no_grad()
     def step(self, rows: Tensor | slice, grad: Tensor, eps: float = 1e-10):
-        """One Adam step for the documents in `rows`, each at its own step; grad (b, P)."""
+        """One Adam step for `rows`, each with its own step count; grad (B, P)."""
         learner = self.learner
-        state = AdapterState(*(tensor[rows] for tensor in self.state))  # views if rows is a slice
+        state = AdapterState(*(tensor[rows] for tensor in self.state))  # views if `rows` is a slice
         state.steps.add_(1)
         state.square.mul_(learner.beta2).addcmul_(grad, grad, value=1 - learner.beta2)
         spread = (state.square / (1 - learner.beta2**state.steps)).sqrt_().add_(eps)
-        direction = grad
+        direction = grad  # without momentum its bias correction below is 1
         if learner.beta1:
             direction = state.mean.lerp_(grad, 1 - learner.beta1)
         rate = learner.lr / (1 - learner.beta1**state.steps)
@@ -1513,23 +1513,23 @@ class DocumentAdapters:
 
 
 # ==== Evaluation ==================================================================================
-# Every condition is a row of settings for one function, which scores first and then learns.
+# Every condition is a set of options for one loop, which scores first and then learns.
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A rung of the ladder: `chunk` predictions scored at once, in windows of `window` inputs."""
+    """One way to evaluate: `chunk` targets scored at a time, with up to `window` inputs."""
 
     chunk: int
     window: int
-    batch: int  # documents side by side
-    learner: Learner | None = None  # what learns from each chunk once it is scored
-    stream: bool = False  # only the chunk is run: a `KVCache` stands for the tokens before it
-    isolated: bool = True  # False: rows of the stream take the place of documents
-    final: str = ""  # what the record calls this rung in a line of its own
+    batch: int  # documents per batch
+    learner: Learner | None = None  # trains on each chunk after it is scored
+    stream: bool = False  # feed only the chunk; a `KVCache` holds earlier tokens
+    isolated: bool = True  # False: rows of fixed length instead of documents
+    final: str = ""  # the record's name for this score in a log line of its own
 
     def spans(self, docs: Documents) -> tuple[np.ndarray, np.ndarray]:
-        """(starts, predictions) of what is scored by itself: documents, or rows of the stream."""
+        """(starts, number of predictions) of each document, or of each row of the stream."""
         if self.isolated:
             return docs.starts, docs.predictions
         rows = np.arange(0, len(docs.tokens) - self.chunk, self.chunk)
@@ -1537,14 +1537,14 @@ class Condition:
 
 
 def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
-    """What each word in EVAL means."""
-    row = min(cfg.train_seq_len, len(docs.tokens) - 1)  # one row, if the stream is so short
+    """The conditions that EVAL can name."""
+    row = min(cfg.train_seq_len, len(docs.tokens) - 1)  # shorter if the stream is
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
     chunk = cfg.ttt_chunk_size
     window = cfg.ttt_eval_seq_len
     batch = cfg.ttt_batch_size
     recipe = Learner(("c_q", "c_v", "lm_head"), cfg.ttt_lora_rank, cfg.ttt_lora_lr)
-    # No momentum, a falling rate, a larger start: each was measured to gain (records/NOTES.md).
+    # No momentum, a decaying rate, larger initial values: each was measured (records/NOTES.md).
     streamer = Learner(
         cfg.ttt_stream_targets,
         cfg.ttt_stream_rank,
@@ -1567,13 +1567,13 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
 
 
 class Chunk(NamedTuple):
-    """What is scored at once in documents side by side. Rows are filled up to one length."""
+    """One chunk of each document in a batch. Rows are padded to one length."""
 
     ids: Tensor  # (B, T) inputs
     targets: Tensor  # (B, S)
-    at: Tensor | None  # (B, S), the input that predicts each target; None: input i predicts i
-    positions: Tensor  # (B, S), those of the targets in the stream
-    live: Tensor  # (B, S), False for what only fills up
+    at: Tensor | None  # (B, S), input index of each target; None: input i predicts target i
+    positions: Tensor  # (B, S), input positions in the stream
+    live: Tensor  # (B, S), False for padding
 
 
 def gather_chunk(
@@ -1585,20 +1585,21 @@ def gather_chunk(
     how: Condition,
     rt: Runtime,
 ) -> Chunk:
-    """Predictions [places, ends) of the documents at `starts`, in windows of `length` inputs.
+    """Predictions [places, ends) of the documents at `starts`, padded to `length` inputs.
 
-    A window ends where the chunk does. A stream has the chunk alone as its inputs.
+    A window ends where its chunk ends. Under `stream` the inputs are the chunk alone.
     """
     begins = places if how.stream else np.maximum(ends - how.window, 0)
     columns = rt.upload(np.stack((starts, begins, places, ends)))
     start, begin, place, end = columns[:, :, None]
     steps = torch.arange(length, device=rt.device)
-    # Beyond a chunk's end its last input is repeated, which no target sees.
+    # Pad with the last input: the causal mask hides it from all targets.
     ids = tokens[start + torch.minimum(begin + steps, end - 1)].long()
     place = place + steps[: how.chunk]
     live = place < end
     place = torch.minimum(place, end - 1)
     positions = start + place
+    # If every window is exactly its chunk, inputs and targets line up.
     is_whole = length <= how.chunk and (begins == places).all()
     at = None if is_whole else place - begin
     return Chunk(ids, tokens[positions + 1].long(), at, positions, live)
@@ -1612,10 +1613,10 @@ def score_then_learn(
     cache: KVCache | None,
     learns: bool,
 ) -> Tensor:
-    """Losses (B, S) of a chunk under the adapters as they are; only then one step on its tokens.
+    """Losses (B, S) of a chunk with the current adapters; only then one step on its tokens.
 
-    This order is the law of the game, and this is the only place that learns: a token's score must
-    come from a state that has never seen it. `rows` are the slots of the batch.
+    Do not reorder: no token may be scored by a state that was trained on it. This is the only place
+    that trains adapters. `rows` are the slots of the batch.
     """
     flat = None
     loras = NO_ADAPTERS
@@ -1628,13 +1629,13 @@ def score_then_learn(
         losses = model(chunk.ids, chunk.targets, chunk.at, loras, cache)
         if learns:
             means = (losses * chunk.live).sum(1) / chunk.live.sum(1)
-            # The sum keeps documents apart: no loss depends on another document's row of `flat`.
+            # A sum, so that each row's gradient is that of its own document's mean.
             adapters.step(rows, torch.autograd.grad(means.sum(), flat)[0])
     return losses.detach()
 
 
 def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
-    """Documents for each of `count` ranks or slots: the longest left goes to the least loaded."""
+    """Split documents among `count` ranks or slots: longest first, to the least loaded."""
     loads = np.zeros(count, dtype=np.int64)
     shares = [[] for _ in range(count)]
     for document in np.argsort(-work, kind="stable"):
@@ -1647,10 +1648,10 @@ def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
 def plan_slots(
     documents: np.ndarray, chunks: np.ndarray, slots: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Turn by turn, the document and the number of its chunk in each slot that is in use.
+    """For each turn, the documents in the busy slots and the numbers of their chunks.
 
-    Every slot gets its documents in advance, so that nobody waits for the longest of all. The
-    slots with the most chunks come first, so those in use are always the first ones.
+    Slots are balanced in advance, so that all finish at about the same time. The fullest slots come
+    first, so that busy slots are always a prefix.
     """
     lanes = [documents[share] for share in share_documents(chunks[documents], slots)]
     lanes = [np.repeat(lane, chunks[lane]) for lane in lanes]
@@ -1662,23 +1663,23 @@ def plan_slots(
         done[used] += 1
 
 
-# Windows are filled up to one of these lengths, at most 5 % longer.
+# Windows that are not learned from are padded to one of these lengths, at most 5 % longer.
 LENGTHS = np.unique(np.floor(1.05 ** np.arange(250)).astype(np.int64))
 
 
 class Group(NamedTuple):
-    """Rows of a turn that run together."""
+    """Rows that share a forward pass."""
 
     rows: np.ndarray
-    length: int  # inputs that their windows are filled up to
+    length: int  # of the padded windows
     learns: bool
 
 
 def group_rows(ends: np.ndarray, predictions: np.ndarray, how: Condition) -> list[Group]:
-    """The rows of a turn by `(length, learns)`; ends (B,) are those of the chunks.
+    """Group a turn's rows by `(length, learns)`; ends (B,) are chunk ends.
 
-    A length never depends on the other documents, since rounding does on a length. Nothing learns
-    from a document's last chunk; but in a stream, one group, skipping that would split the batch.
+    Rounding depends on the length, so the length never depends on other documents. A document's
+    last chunk is not learned from, except in a stream, where skipping it would split the batch.
     """
     learns = (ends < predictions) & (how.learner is not None)
     if how.stream:
@@ -1694,10 +1695,10 @@ def group_rows(ends: np.ndarray, predictions: np.ndarray, how: Condition) -> lis
 
 
 def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> Tensor:
-    """Score every document by itself, chunk after chunk. Ranks share the documents by chunks.
+    """Score each document by itself, chunk by chunk. Ranks split the documents.
 
-    Returns, the same on every rank, the loss of each position and how often it was scored, both
-    (n - 1,) fp32.
+    Returns each position's loss and how often it was scored, (2, n - 1) fp32, the same on every
+    rank.
     """
     starts, predictions = how.spans(docs)
     chunks = -(-predictions // how.chunk)
@@ -1733,7 +1734,7 @@ def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
 
 @dataclass
 class Score:
-    """Cross-entropy of the scored tokens, one entry in each column for a piece of a document."""
+    """Cross-entropy of the scored tokens; a table with one row per piece of a document."""
 
     # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
     columns: dict[str, np.ndarray]
@@ -1750,9 +1751,9 @@ class Score:
 
 
 def check_coverage(losses: np.ndarray, times: np.ndarray, docs: Documents, how: Condition):
-    """The audit of coverage: `UserError` unless each position that `how` covers counts once.
+    """The audit of coverage: `UserError` unless `how` scored each position it covers exactly once.
 
-    Nothing else may have been scored, and every loss must be finite.
+    No other position may have been scored, and every loss must be finite.
     """
     starts, predictions = how.spans(docs)
     due = np.zeros_like(times)
@@ -1765,15 +1766,15 @@ def check_coverage(losses: np.ndarray, times: np.ndarray, docs: Documents, how: 
             f" {due[p]:g} times and a finite loss"
         )
     scored = (docs.bytes.cpu().numpy() * times).any()
-    require(scored, "audit coverage: the tokens scored are 0 bytes of text; check the tokenizer")
+    require(scored, "audit coverage: the scored tokens hold 0 bytes of text; check the tokenizer")
 
 
 def tabulate(losses: np.ndarray, times: np.ndarray, docs: Documents, size: int) -> Score:
-    """Add up losses (n - 1,) in pieces of `size` positions, the same under every condition.
+    """Sum losses (n - 1,) over pieces of `size` positions, the same for every condition.
 
     Tokens before the first BOS count as document -1.
     """
-    begins = np.unique(np.append(0, docs.starts))  # documents touch each other
+    begins = np.unique(np.append(0, docs.starts))  # documents are contiguous
     limits = np.append(begins, len(times))
     edges = np.concatenate([np.arange(*span, size) for span in itertools.pairwise(limits)])
     start = edges - begins[np.searchsorted(begins, edges, side="right") - 1]
@@ -1798,25 +1799,25 @@ def evaluate(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> Score:
 
 
 # ==== Calibration =================================================================================
-# What training text shows about the weights, for the quantiser.
+# Statistics from training text, for the quantizer.
 
 
 class MatrixStats(NamedTuple):
-    """What the loss makes of an error E (out, in) in a matrix: sum_i S_i (E M E^T)_ii / 2 a token.
+    """A weight error E (out, in) costs about sum_i S_i (E M E^T)_ii / 2 nats per token.
 
-    M = E[x x^T] of the inputs; S_i = E[g_i^2] of the loss's gradients at the outputs, which are
-    taken to know nothing of each other. Source: K-FAC, https://arxiv.org/abs/1503.05671.
+    M = E[x x^T] of the inputs; S_i = E[g_i^2] of the loss gradients at the outputs, assumed
+    uncorrelated. Source: K-FAC, https://arxiv.org/abs/1503.05671.
     """
 
-    moments: Tensor  # M (in, in); 1 for an embedding that is no head
+    moments: Tensor  # M (in, in); the identity for an untied embedding
     slopes: Tensor  # S (out,)
 
 
 def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
-    """Statistics of every matrix that a token reaches, by name.
+    """Statistics of every matrix that is used in a forward pass, by name.
 
-    They come from `rows` rows of `length` tokens, spread evenly over the training shards, on the
-    CPU, where they repeat to the bit. `UserError` without training shards.
+    Uses `rows` rows of `length` tokens, evenly spaced over the training shards, on the CPU for
+    reproducibility. `UserError` without training shards.
     """
     stream = TokenStream(open_shards(model.cfg.data_path, "train"))
     model = frozen(model).to("cpu", torch.float32)
@@ -1826,7 +1827,7 @@ def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
     stats = {}
     for module in model.modules():
         if isinstance(module, (Linear, TiedHead, nn.Embedding)):
-            # A tied head, which comes last, stands for the embedding too.
+            # A tied head comes last and replaces the embedding's entry.
             stats[names[module.weight]] = watch(module, rows * length)
     places = [int(stream.begins[-1]) * row // rows for row in range(rows)]
     for first in range(0, rows, 8):
@@ -1837,7 +1838,7 @@ def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
 
 
 def watch(module: nn.Module, count: int) -> MatrixStats:
-    """Statistics of a matrix, means over `count` tokens, filled in by hooks as it is used."""
+    """Statistics of one matrix, averaged over `count` tokens by hooks."""
     out_dim, in_dim = module.weight.shape
     moments = torch.zeros(in_dim, in_dim, device="cpu")
     slopes = torch.zeros(out_dim, device="cpu")
@@ -1864,7 +1865,7 @@ def watch(module: nn.Module, count: int) -> MatrixStats:
 
 
 # ==== Artifact ====================================================================================
-# int8 rows and zlib, in the published layout: written to fit the budget, read from anybody.
+# int8 rows and zlib, in the published layout: written to fit the budget, read from any source.
 
 QUANT_FORMAT = "int8_clean_per_row_v1"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -1872,11 +1873,11 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class RoundingPlan:
-    """Matrices of one shape and what `round_matrices` goes by.
+    """Matrices of one shape, prepared for `round_matrices`.
 
-    Columns are rounded from the last to the first, and each makes up for what the errors of those
-    before it do to the output. What its own error e then still costs is (care e)^2. Source: GPTQ,
-    https://arxiv.org/abs/2210.17323, as nearest planes.
+    Columns are rounded last to first; each corrects for the errors of those already rounded. The
+    remaining error e of a weight costs (care e)^2. Source: GPTQ, https://arxiv.org/abs/2210.17323,
+    as Babai's nearest plane.
     """
 
     names: list[str]
@@ -1886,7 +1887,7 @@ class RoundingPlan:
 
 
 def plan_rounding(state: dict, stats: dict) -> list[RoundingPlan]:
-    """A plan for all matrices with statistics, those of one shape together."""
+    """One plan per shape, for all matrices with statistics."""
     names = list(stats)
     plans = []
     for same in group_by_shape([state[name] for name in names], range(len(names))):
@@ -1894,7 +1895,7 @@ def plan_rounding(state: dict, stats: dict) -> list[RoundingPlan]:
         weights = torch.stack([state[name].float().mT for name in chosen])
         moments = torch.stack([stats[name].moments for name in chosen])
         slopes = torch.stack([stats[name].slopes for name in chosen])
-        # A little of the mean is added, so that what no token showed still counts.
+        # Damping, so that directions which the sample missed still count.
         size = moments.diagonal(0, 1, 2).mean(1)[:, None, None]
         identity = torch.eye(moments.size(1), device="cpu")
         factor = torch.linalg.cholesky(moments + (0.1 * size + 1e-30) * identity).mT
@@ -1907,18 +1908,17 @@ def plan_rounding(state: dict, stats: dict) -> list[RoundingPlan]:
 
 
 def round_matrices(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
-    """(q (K, out, in), integers up to 127; scales fp16 (K, out)): weights are about q^T * scales.
+    """(q (K, out, in) within +-127, scales fp16 (K, out)): weights are about q^T * scales.
 
-    Bits are spent best where every weight's step is unit / care. A row's scale is its finest step,
-    as far as int8 goes, and columns that matter less take multiples of it, which entropy coding
-    turns into fewer bits.
+    The ideal step of each weight is unit / care. A row's scale is its finest step, within the range
+    of int8; less sensitive columns use multiples of it, which compress better.
     """
     w = plan.weights
     ideal = unit / plan.care
     largest = w.abs().amax(1, keepdim=True)
     finest = ideal.amin(1, keepdim=True).minimum(2 * largest)
     scale = finest.maximum(largest / 127).clamp(2**-24, 2**15)  # within fp16
-    # Quarters of an octave: few values, which compress.
+    # Round up to 2^(k/4): few values compress well.
     scale = ((4 * scale.log2()).ceil() / 4).exp2().half().float()
     ticks = (ideal / scale).log2().round().exp2().clamp(1, 127)
     steps = scale * ticks
@@ -1940,8 +1940,8 @@ def round_matrices(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
 def quantize(state: dict, plans: Sequence[RoundingPlan], unit: float) -> dict:
     """The artifact's content in the published layout (spec section 5), from a state dict on the CPU.
 
-    The matrices of the `plans` become int8, other tensors fp16 where that holds them. Without
-    plans every tensor stays as it is.
+    The matrices in `plans` become int8, others fp16 unless they overflow. Without plans every
+    tensor stays as it is.
     """
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
     content = {"__quant_format__": QUANT_FORMAT} | {part: {} for part in parts}
@@ -1966,27 +1966,28 @@ def quantize(state: dict, plans: Sequence[RoundingPlan], unit: float) -> dict:
 
 
 def pack(content: dict) -> bytes:
-    """The artifact: a zlib stream without the search for repeats, which rounded weights lack."""
+    """The artifact: a zlib stream. RLE only, since rounded weights hold no long matches."""
     deflater = zlib.compressobj(9, strategy=zlib.Z_RLE)
     return deflater.compress(torch_bytes(content)) + deflater.flush()
 
 
 def guess_unit(plans: Sequence[RoundingPlan], bits: float) -> float:
-    """log2 of the unit that spends about so many bits a weight."""
+    """Estimate log2 of the unit that spends `bits` per weight."""
     samples = []
     for plan in plans:
+        # The entropy of a Gaussian in steps is log2(spread) + log2(sqrt(2 pi e)), about 2.
         spread = plan.weights.std(1, keepdim=True) * plan.care
         samples.append(2 + spread.log2().flatten())
     return torch.cat(samples).median().item() - bits
 
 
 def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> float | None:
-    """log2 of about the smallest unit whose artifact fits into `room` bytes; None if none does.
+    """log2 of nearly the smallest unit that fits into `room` bytes; None if none does.
 
-    One octave saves about a bit a weight: secants from a `guess` and a `slope` in bytes an octave,
-    then halving, until a size is within a hundredth of the room.
+    Doubling the unit saves about a bit per weight. Secant steps from `guess` and `slope` (bytes per
+    doubling), then bisection, to within 1 % of `room`.
     """
-    low = -60.0  # too large there
+    low = -60.0  # assumed too large
     high = 60.0  # the smallest artifact
     least = size_at(high)
     if least > room:
@@ -2001,8 +2002,9 @@ def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> flo
             low = unit
         else:
             high = unit
-            if size > 0.99 * room or (size == last_size > least and unit < last_unit):
-                break  # enough is used, or int8 has no finer steps
+            is_finest = size == last_size > least and unit < last_unit
+            if size > 0.99 * room or is_finest:
+                break  # close enough, or int8 has no finer steps
         if last_size and size != last_size:
             slope = (last_size - size) / (unit - last_unit)
         last_unit = unit
@@ -2014,7 +2016,7 @@ def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> flo
 
 
 def fit_artifact(model: GPT, state: dict) -> bytes:
-    """The artifact that fits ARTIFACT_BUDGET together with this script: exact if that fits.
+    """An artifact that fits ARTIFACT_BUDGET together with this script: lossless if possible.
 
     `state` is the model's state dict on the CPU. `UserError` if nothing fits.
     """
@@ -2025,7 +2027,7 @@ def fit_artifact(model: GPT, state: dict) -> bytes:
         if len(exact) <= room:
             return exact
     refusal = (
-        f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the coarsest artifact takes"
+        f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
     )
     remedy = "raise it and go on from the .pt file with EVAL_ONLY=1"
     require(room > 0, f"{refusal} more; {remedy}")
@@ -2049,7 +2051,7 @@ def fit_artifact(model: GPT, state: dict) -> bytes:
 def export(model: GPT, log: RunLog) -> Path:
     """Write the weights and the artifact, log their sizes. Returns the path of the artifact."""
     cfg = model.cfg
-    # EVAL_ONLY has a .pt already: the artifact alone is written, under a name no training uses.
+    # EVAL_ONLY writes only the artifact, under a name that no training uses.
     name = f"eval_{Path(cfg.model_path).stem}" if cfg.eval_only else "final_model"
     path = Path(cfg.out_dir, f"{name}.int8.ptz")
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -2087,7 +2089,7 @@ def measure_payload(content: dict) -> int:
 def dequantize(content: dict) -> dict:
     """The state dict of an artifact, in the dtypes of training.
 
-    Any exception for what neither this script nor the record can have written.
+    May raise any exception on a malformed artifact.
     """
     state = {}
     found = content["__quant_format__"]
@@ -2105,18 +2107,18 @@ def dequantize(content: dict) -> dict:
 
 
 def load_torch(blob: bytes) -> Any:
-    """Tensors and plain values that torch.save wrote, executing nothing.
+    """Load tensors and plain values, running no pickled code.
 
-    The remaining risk of a stranger's file is memory: torch may allocate more than the file holds.
+    The remaining risk is memory: an untrusted file can make torch allocate more than its size.
     """
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
 
 def read_weights(path: Path) -> dict:
-    """The state dict in an artifact (.ptz), a state dict or a checkpoint of this script (.pt).
+    """The state dict in an artifact (.ptz), or in a state dict or checkpoint of this script (.pt).
 
-    A prefix `_orig_mod.`, which torch.compile adds to names, is dropped. `UserError` for any other
-    file, and for weights that are not finite.
+    Drops the prefix `_orig_mod.`, which torch.compile adds to names. `UserError` for any other file
+    and for weights that are not finite.
     """
     with refusing(path, "an artifact (.ptz), a state dict or a checkpoint (.pt)"):
         blob = read_file(path)
@@ -2125,15 +2127,16 @@ def read_weights(path: Path) -> dict:
             most = max(2**26, 16 * len(blob))
             blob = inflater.decompress(blob, most)
             whole = inflater.eof and not inflater.unused_data
-            require(whole, f"cut short, followed by more, or over {most} bytes")
+            require(whole, f"truncated, with trailing data, or over {most} bytes")
             content = load_torch(blob)
             held = measure_payload(content)
-            state = dequantize(content)
         else:
-            state = load_torch(blob)
-            state = state.get("model", state)
-            held = sum(tensor.nbytes for tensor in state.values())
+            content = load_torch(blob)
+            content = content.get("model", content)
+            held = sum(tensor.nbytes for tensor in content.values())
+        # Before anything is computed: a tensor that repeats one number can be of any size.
         require(held <= len(blob), "its tensors are larger than the file")
+        state = dequantize(content) if path.suffix == ".ptz" else content
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
         for name, tensor in state.items():
             sound = tensor.dtype in FLOATS.values() and tensor.isfinite().all()
@@ -2142,7 +2145,7 @@ def read_weights(path: Path) -> dict:
 
 
 def infer_shape(state: dict, cfg: Config, path: Path) -> Config:
-    """`cfg` with the model shape of the weights in file `path`. `UserError` if it cannot be."""
+    """`cfg` with the model shape of the weights in file `path`. `UserError` if that fails."""
     with refusing(path, "the weights of this model, with its tensor names"):
         vocab_size, dim = state["tok_emb.weight"].shape
         heads = len(state["blocks.0.attn.q_gain"])
@@ -2163,7 +2166,7 @@ def infer_shape(state: dict, cfg: Config, path: Path) -> Config:
 
 
 def check_tensors(expected: dict, state: dict, path: Path):
-    """`UserError` naming the first tensor of `state`, from file `path`, that is not as expected."""
+    """Raise `UserError` at the first missing, extra or misshapen tensor of `state`."""
     for name in sorted(expected.keys() | state.keys()):
         wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
         found = tuple(state[name].shape) if name in state else "no such tensor"
@@ -2173,16 +2176,17 @@ def check_tensors(expected: dict, state: dict, path: Path):
 def load_model(path: str | Path, cfg: Config) -> GPT:
     """The model in an artifact, a state dict or a checkpoint, on the CPU, ready to evaluate.
 
-    Its shape comes from the file; `model.cfg` holds all its settings, the others as in `cfg`.
-    Raises `UserError` for a file that is damaged or of another kind of model.
+    Its shape comes from the file; `model.cfg` is `cfg` with that shape. Raises `UserError` for a
+    file that is damaged or holds another kind of model.
     """
     path = Path(path)
     state = read_weights(path)
     cfg = infer_shape(state, cfg, path)
     dtype, _ = choose_dtype(cfg)
-    with torch.device("meta"):
-        # Shapes are compared first: a few hundred bytes can claim to be of any size.
-        check_tensors(GPT(cfg, dtype).state_dict(), state, path)
+    # Shapes are compared first: a few hundred bytes can claim to be of any size.
+    with refusing(path, "a model of a possible size"), torch.device("meta"):
+        expected = GPT(cfg, dtype).state_dict()
+    check_tensors(expected, state, path)
     model = build_model(cfg, dtype)
     model.load_state_dict(state)
     return model
@@ -2203,8 +2207,8 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     silent |= np.array(tokenizer.is_unused(ids))
     is_byte = np.array(tokenizer.is_byte(ids))
     plain = np.flatnonzero(~silent & ~is_byte).tolist()
-    anchor = next(i for i in plain if tokenizer.decode([i]).strip())
     letter = tokenizer.piece_to_id("<0x41>")
+    anchor = next((i for i in plain if tokenizer.decode([i]).strip()), letter)
 
     def count_bytes(pieces: np.ndarray) -> int:
         # Bytes are not always UTF-8: a letter stands for each of them.
@@ -2334,9 +2338,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step = state["step"]
-        self.elapsed_ms = state["elapsed_ms"]
-        self.stream.position = state["position"]
+        self.step = int(state["step"])
+        self.elapsed_ms = float(state["elapsed_ms"])
+        self.stream.position = int(state["position"])
         torch.set_rng_state(state["rng"])
         self.finite_steps.fill_(self.step)
 
@@ -2447,8 +2451,12 @@ class Trainer:
         state = self.rt.from_rank0(self.read_checkpoint)
         if state is None:
             self.log.line("resume: found no checkpoint; starting anew")
-        else:
+            return
+        path = state["path"]
+        with refusing(path, "a whole checkpoint of this script"):
             self.load(state)
+        time = f"train_time:{self.elapsed_ms:.0f}ms"
+        self.log.line(f"resume:{path} step:{self.step}/{self.cfg.iterations} {time}")
 
     def read_checkpoint(self) -> dict | None:
         """The state in the checkpoint that RESUME names; `auto` passes over damaged ones."""
@@ -2460,7 +2468,7 @@ class Trainer:
             try:
                 with refusing(path, "a checkpoint of this script"):
                     state = load_torch(read_file(path))
-                    theirs = state["identity"]
+                    theirs = {str(name): str(value) for name, value in state["identity"].items()}
             except UserError as error:
                 require(auto, str(error))
                 self.log.line(f"warning: skipped {error}")
@@ -2473,9 +2481,7 @@ class Trainer:
                 not differ,
                 f"{path}: it was made under {', '.join(found)}; set them back, or leave out RESUME",
             )
-            time = f"train_time:{state['elapsed_ms']:.0f}ms"
-            self.log.line(f"resume:{path} step:{state['step']}/{self.cfg.iterations} {time}")
-            return state
+            return state | {"path": path}
         return None
 
     def tick(self, now: float):
@@ -2704,7 +2710,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     rt = None
     status = 0
     message = ""
-    is_speaker = os.environ.get("RANK", "0") == "0"
+    is_speaker = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
     try:
         require(
             not arguments,

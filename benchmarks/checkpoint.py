@@ -2,68 +2,83 @@
 
     python benchmarks/checkpoint.py --data data/demo --repeats 5
 
-For the models of both presets: steps and checkpoints in turns, the median of each. A step of the baseline's model here
-is one of 8,192 tokens on a CPU and says nothing about a GPU; the checkpoint, which a CPU writes anyway, does, up to
-the disk and the copy from the GPU.
+The models of both presets take steps and write checkpoints in turns; the table has the medians.
+A step of the baseline's model here is one of 8,192 tokens on a CPU and says nothing about a GPU.
+Its checkpoint does, up to the disk and the copy from the GPU: a CPU writes it anyway.
 """
 
 import argparse
 import statistics
-import sys
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench_tools import print_head, print_row, timed
 
 import train_gpt as tg
 
 
-def measure(preset: str, data: Path, repeats: int) -> tuple[int, float, float]:
-    """(bytes of a checkpoint, seconds of writing one, seconds of a step), the medians of `repeats`."""
-    env = {"PRESET": preset, "DEVICE": "cpu", "DATA_PATH": str(data)}
-    cfg = tg.read_config(env | ({"TRAIN_BATCH_TOKENS": "8192"} if preset == "baseline" else {}))
+class Cost(NamedTuple):
+    """What checkpoints of one model take."""
+
+    size: int  # bytes
+    save: float  # seconds to write one, the median
+    step: float  # seconds of a training step, the median
+
+
+def make_trainer(preset: str, data: Path, out_dir: str) -> tg.Trainer:
+    """A trainer of the preset's model, which writes its checkpoints into `out_dir`."""
+    env = {"PRESET": preset, "DEVICE": "cpu", "DATA_PATH": str(data), "OUT_DIR": out_dir}
+    if preset == "baseline":
+        env["TRAIN_BATCH_TOKENS"] = "8192"
+    cfg = tg.read_config(env)
+    rt = tg.Runtime.create(cfg, {})
+    stream = tg.TokenStream(tg.open_shards(cfg.data_path, "train"))
+    log = tg.RunLog()
+    log.run_id = "benchmark"
+    return tg.Trainer(tg.build_model(cfg, rt.dtype), stream, rt, log, hashes={})
+
+
+def measure(preset: str, data: Path, repeats: int) -> Cost:
+    """Step and save `repeats` times each, in turns."""
+    saves = []
+    steps = []
     with tempfile.TemporaryDirectory() as folder:
-        cfg, rt = (
-            replace(cfg, out_dir=folder),
-            tg.Runtime(torch.device("cpu"), tg.choose_dtype(cfg)[0]),
-        )
-        Path(folder, "checkpoints").mkdir()
-        stream = tg.TokenStream(tg.open_shards(str(data), "fineweb_train_*.bin"))
-        torch.manual_seed(cfg.seed)
-        trainer, times = (
-            tg.Trainer(tg.GPT(cfg, rt.dtype), stream, cfg, rt, {}),
-            {"save": [], "step": []},
-        )
-        trainer.train_step()
+        checkpoints = Path(folder, "checkpoints")
+        checkpoints.mkdir()
+        trainer = make_trainer(preset, data, folder)
+        trainer.train_step()  # the first one makes the optimizers' state
         for _ in range(repeats):
-            for name, work in (("step", trainer.train_step), ("save", trainer.save)):
-                began = time.perf_counter()
-                work()
-                times[name].append(time.perf_counter() - began)
-        size = tg.find_checkpoints(cfg)[0].stat().st_size
-        return size, statistics.median(times["save"]), statistics.median(times["step"])
+            steps.append(timed(trainer.train_step)[0])
+            saves.append(timed(trainer.save)[0])
+        newest = tg.find_checkpoints(trainer.cfg, trainer.log.run_id)[0]
+        size = newest.stat().st_size
+    return Cost(size, statistics.median(saves), statistics.median(steps))
 
 
-def main() -> None:
-    """The table."""
+def main():
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of shards of a vocabulary of 1,024"
     )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    print(
-        "| preset | MB | seconds each | steps (eager) that it takes | share of the time, one every 30 s |"
+    print_head(
+        "preset",
+        "MB",
+        "seconds each",
+        "steps (eager) that it takes",
+        "share of the time, one every 30 s",
     )
-    print("|---|---|---|---|---|")
     for preset in ("cpu", "baseline"):
-        size, save, step = measure(preset, options.data, options.repeats)
-        print(
-            f"| {preset} | {size / 1e6:.1f} | {save:.2f} | {save / step:.2f} | {save / (30 + save):.2%} |"
+        cost = measure(preset, options.data, options.repeats)
+        print_row(
+            preset,
+            f"{cost.size / 1e6:.1f}",
+            f"{cost.save:.2f}",
+            f"{cost.save / cost.step:.2f}",
+            f"{cost.save / (30 + cost.save):.2%}",
         )
 
 

@@ -1,192 +1,226 @@
 """Bytes against bits per byte lost: the record's quantiser and ours, on the same trained weights.
 
-    python benchmarks/rate_distortion.py --weights out/demo/final_model.pt --data data/demo --picture curves.png
+    W=out/demo/final_model.pt
+    python benchmarks/rate_distortion.py --weights $W --data data/demo --picture curves.png
     python benchmarks/rate_distortion.py --time --data data/demo
 
-The record's quantiser has one knob that trades bytes for loss, the least step of a row, 1/127 in the record. It is
-written here from spec section 5, with that knob, and zlib as the record calls it; a second curve quantises matrices of
-65,536 numbers and fewer as well, which the record leaves in 16 bits. Ours is given the very bytes that each of these
-artifacts takes. What is lost is the flat score of the artifact's weights less that of the weights in training
-precision. With --time: seconds for the 17 million parameters of the baseline, drawn at random, and the defaults.
+The record's quantiser has one knob that trades bytes for loss: the least step of a row, 1/127 in
+the record. It is written here from spec section 5, with that knob, and zlib as the record calls it.
+The record leaves matrices of 65,536 numbers and fewer in 16 bits; a second curve quantises them,
+too. Ours is given the very bytes that each of these artifacts takes. What is lost is the flat score
+of the artifact's weights less that of the weights in training precision.
+
+With --time: the seconds of both for the 17 million parameters of the baseline, drawn at random.
 """
 
 import argparse
 import copy
-import functools
-import io
-import sys
-import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+from bench_tools import Bench, print_head, print_row, timed
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ttt_eval import Bench
 
 import train_gpt as tg
 
 FLOORS = (1, 2, 4, 8, 16)  # least steps, in those of the record
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
+# What the record's quantiser is called, and the largest tensor that it leaves in 16 bits.
+VARIANTS = {"as it is": 65_536, "of every matrix": 0}
+
+ORANGE = "#d9622b"
+COLOURS = {"as it is": "#2b6cab", "of every matrix": "#9aa3ad"}
+GREY = "#6b7280"
+STYLE = {
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "font.size": 10,
+    "text.color": "#22262b",
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+LEAST_SHOWN = 1e-5  # bits per byte: what is less is noise, on whichever side of 0
+
+
+def round_rows(weights: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """(int8, like weights; fp16 scales, one for each row), as the record rounds a matrix.
+
+    The largest 1.6 in a million of a row's numbers are clipped.
+    """
+    clip = torch.quantile(weights.abs(), 0.9999984, dim=1, keepdim=True)
+    scale = (clip / 127).clamp_min(floor / 127)
+    steps = weights.clamp(-clip, clip) / scale
+    return steps.round().clamp(-127, 127).to(torch.int8), scale[:, 0].half()
 
 
 def record_content(
     state: Mapping[str, Tensor], floor: float = 1.0, largest_float: int = 65_536
 ) -> dict[str, Any]:
-    """What the record's quantiser puts into an artifact; `floor` counts its least step, 1/127."""
+    """What the record's quantiser puts into an artifact.
+
+    `floor` is its least step, in steps of 1/127; tensors of up to `largest_float` numbers stay in
+    16 bits.
+    """
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
-    out: dict[str, Any] = {"__quant_format__": tg.QUANT_FORMAT} | {part: {} for part in parts}
+    content = {"__quant_format__": tg.QUANT_FORMAT} | {part: {} for part in parts}
     for name, tensor in state.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if name.endswith(CONTROL):
-            out["passthrough"][name] = tensor.float()
-        elif tensor.numel() > largest_float:
-            w = tensor.float()
-            clip = torch.quantile(w.abs(), 0.9999984, dim=1, keepdim=True)
-            scale = (clip / 127).clamp_min(floor / 127)
-            out["quantized"][name] = (
-                (w.clamp(-clip, clip) / scale).round().clamp(-127, 127).to(torch.int8)
-            )
-            out["scales"][name], out["dtypes"][name] = scale[:, 0].half(), dtype
-            out["qmeta"][name] = {"scheme": "per_row", "axis": 0}
+            content["passthrough"][name] = tensor.float()
+        elif tensor.numel() <= largest_float:
+            content["passthrough"][name] = tensor.half()
+            content["passthrough_orig_dtypes"][name] = dtype
         else:
-            out["passthrough"][name], out["passthrough_orig_dtypes"][name] = tensor.half(), dtype
-    return out
+            q, scale = round_rows(tensor.float(), floor)
+            content["quantized"][name] = q
+            content["scales"][name] = scale
+            content["dtypes"][name] = dtype
+            content["qmeta"][name] = {"scheme": "per_row", "axis": 0}
+    return content
 
 
 def record_pack(content: Mapping[str, Any]) -> bytes:
     """The artifact as the record compresses it."""
-    torch.save(content, buffer := io.BytesIO())
-    return zlib.compress(buffer.getvalue(), 9)
+    return zlib.compress(tg.torch_bytes(content), 9)
 
 
-def flat(bench: Bench, state: Mapping[str, Tensor]) -> float:
+def our_artifact(model: tg.GPT, size: int) -> bytes:
+    """Our artifact of the model in at most `size` bytes."""
+    model = copy.copy(model)
+    budget = size + len(tg.source_code().encode())
+    model.cfg = replace(model.cfg, artifact_budget=budget)
+    blob = tg.fit_artifact(model, dict(model.state_dict()))
+    assert len(blob) <= size
+    return blob
+
+
+def flat_bpb(bench: Bench, state: Mapping[str, Tensor]) -> float:
     """Bits per byte of these weights on the flat validation stream."""
     model = copy.deepcopy(bench.model)
-    tg.copy_tensors(model.state_dict(), state, "")
-    return tg.evaluate(model, bench.docs, bench.condition("flat"), bench.cfg, bench.rt).bpb
+    model.load_state_dict(state)
+    return tg.evaluate(model, bench.docs, bench.condition("flat"), bench.rt).bpb
 
 
-def compare(bench: Bench) -> list[tuple[str, float, int, float, float]]:
-    """(record's variant, floor, bytes, bpb that it loses, bpb that ours loses at these bytes), and a table of them."""
+class Row(NamedTuple):
+    """What both quantisers lose in the same number of bytes."""
+
+    variant: str  # of the record's quantiser
+    floor: int  # its least step, in steps of 1/127
+    size: int  # bytes
+    theirs: float  # bits per byte that the record's loses
+    ours: float
+
+
+def compare(bench: Bench) -> list[Row]:
+    """Quantise under every variant and floor. Prints the table and returns its rows."""
     state = dict(bench.model.state_dict())
-    calibrated = functools.cache(lambda rows: tg.calibrate(bench.model, bench.cfg, rows))
-    base, code, rows = flat(bench, state), len(tg.source_code().encode()), []
-    print(f"\nflat val_bpb of the weights: {base:.6f}\n")
-    print(
-        "| the record's quantiser | least step | bytes | bpb lost | lost by ours in these bytes | share |"
+    exact = flat_bpb(bench, state)
+    print(f"\nflat val_bpb of the weights: {exact:.6f}\n")
+    print_head(
+        "the record's quantiser",
+        "least step",
+        "bytes",
+        "bpb lost",
+        "lost by ours in these bytes",
+        "share",
     )
-    print("|---|---|---|---|---|---|")
-    for name, largest_float in (("as it is", 65_536), ("of every matrix", 0)):
+    rows = []
+    for variant, largest_float in VARIANTS.items():
         for floor in FLOORS:
-            theirs = record_content(state, floor, largest_float)
-            size = len(record_pack(theirs))
-            ours, blob = tg.fit(state, size + code, calibrated)
-            assert len(blob) <= size
-            lost = [flat(bench, tg.dequantize_state(content)) - base for content in (theirs, ours)]
-            rows.append((name, floor, size, *lost))
-            share = f"{max(lost[1], 0) / lost[0]:.3f}" if lost[0] > 0 else ""
-            print(
-                f"| {name} | {floor}/127 | {size} | {lost[0]:.5f} | {lost[1]:.5f} | {share} |",
-                flush=True,
-            )
+            content = record_content(state, floor, largest_float)
+            size = len(record_pack(content))
+            theirs = flat_bpb(bench, tg.dequantize(content)) - exact
+            blob = our_artifact(bench.model, size)
+            content = tg.load_torch(zlib.decompress(blob))
+            ours = flat_bpb(bench, tg.dequantize(content)) - exact
+            rows.append(Row(variant, floor, size, theirs, ours))
+            share = f"{max(ours, 0) / theirs:.3f}" if theirs > 0 else ""
+            print_row(variant, f"{floor}/127", size, f"{theirs:.5f}", f"{ours:.5f}", share)
     return rows
 
 
-def draw(curves: Mapping[str, list[tuple[str, float, int, float, float]]], picture: Path) -> None:
-    """A panel for each model: bpb lost, on a logarithmic scale, against bytes."""
+def draw_curve(axes: Any, points: Sequence[tuple[int, float]], label: str, colour: str):
+    """Add the curve through points of (bytes, bits per byte lost)."""
+    megabytes = [size / 1e6 for size, _ in points]
+    losses = [max(lost, LEAST_SHOWN) for _, lost in points]
+    axes.plot(megabytes, losses, "o-", color=colour, label=label, markersize=4)
+
+
+def draw_panel(axes: Any, title: str, rows: Sequence[Row]):
+    """Draw the curves of one model: bits per byte lost, on a logarithmic scale, against bytes."""
+    draw_curve(axes, sorted({(row.size, row.ours) for row in rows}), "ours", ORANGE)
+    for variant, colour in COLOURS.items():
+        points = [(row.size, row.theirs) for row in rows if row.variant == variant]
+        draw_curve(axes, points, f"the record's, {variant}", colour)
+    axes.set(xlabel="megabytes of artifact", yscale="log", title=title)
+    axes.grid(color="#e3e6ea")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(curves: Mapping[str, Sequence[Row]], picture: Path):
+    """Write the picture, with a panel for each model."""
     import matplotlib.pyplot as plt  # the rest of the file does without
 
-    style = {
-        "axes.edgecolor": "#6b7280",
-        "axes.labelcolor": "#6b7280",
-        "font.size": 10,
-        "text.color": "#22262b",
-        "xtick.color": "#6b7280",
-        "ytick.color": "#6b7280",
-    }
-    with plt.rc_context(style):
-        size = (5.2 * len(curves), 4.2)
-        figure, panels = plt.subplots(
-            1, len(curves), figsize=size, sharey=True, squeeze=False, layout="constrained"
-        )
-        for axes, (title, rows) in zip(panels[0], curves.items(), strict=True):
-            ours = sorted({(size, lost) for _, _, size, _, lost in rows})
-            lines = [([size for size, _ in ours], [lost for _, lost in ours], "ours", "#d9622b")]
-            for name, colour in (("as it is", "#2b6cab"), ("of every matrix", "#9aa3ad")):
-                theirs = [row for row in rows if row[0] == name]
-                label = f"the record's, {name}"
-                lines.append(
-                    ([row[2] for row in theirs], [row[3] for row in theirs], label, colour)
-                )
-            for sizes, losses, label, colour in lines:
-                shown = [
-                    max(lost, 1e-5) for lost in losses
-                ]  # what is less is noise, on whichever side of 0
-                axes.plot(
-                    [size / 1e6 for size in sizes],
-                    shown,
-                    "o-",
-                    color=colour,
-                    label=label,
-                    markersize=4,
-                )
-            axes.set(xlabel="megabytes of artifact", yscale="log", title=title)
-            axes.grid(color="#e3e6ea")
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[0][0].set_ylabel("bits per byte lost (1e-5: that or less)")
-        panels[0][-1].legend(frameon=False)
+    count = len(curves)
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(1, count, sharey=True, squeeze=False, layout="constrained")
+        figure.set_size_inches(5.2 * count, 4.2)
+        panels = grid[0]
+        for axes, (title, rows) in zip(panels, curves.items(), strict=True):
+            draw_panel(axes, title, rows)
+        panels[0].set_ylabel(f"bits per byte lost ({LEAST_SHOWN:.0e}: that or less)")
+        panels[-1].legend(frameon=False)
         figure.savefig(picture, dpi=160)
 
 
-def least_seconds(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """(seconds of the fastest of `repeats`, what it returned)."""
-    found = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        result = work()
-        found.append((time.perf_counter() - began, result))
-    return min(found, key=lambda pair: pair[0])
+def fastest(work: Callable, repeats: int) -> tuple[float, Any]:
+    """(seconds of the fastest of `repeats` calls of work(), what that one returned)."""
+    results = [timed(work) for _ in range(repeats)]
+    return min(results, key=lambda result: result[0])
 
 
-def timing(cfg: tg.Config, repeats: int) -> None:
-    """Seconds that the record's quantiser and ours take for a model of this shape with random weights."""
-    torch.manual_seed(0)
-    model = tg.GPT(cfg, torch.float32)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(
-                "weight"
-            ):  # spreads of a trained model: rows differ by a third, matrices by a fifth
-                spread = 0.3 * (0.3 * torch.randn(len(p), 1) + 0.2 * torch.randn(())).exp()
-                p.copy_(torch.randn(p.shape) * spread)
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    print(
-        f"{tg.count_parameters(cfg)} parameters, {torch.get_num_threads()} threads, least of {repeats}"
-    )
-    print("| what | seconds | bytes |\n|---|---|---|")
-    seconds, blob = least_seconds(lambda: record_pack(record_content(state)), repeats)
-    print(f"| the record's: round, compress | {seconds:.1f} | {len(blob)} |", flush=True)
-    calibrating = []
+def randomize(model: tg.GPT):
+    """Fill the matrices with spreads as training leaves them.
 
-    def calibrated(rows: int) -> dict[str, tuple[Tensor, Tensor]]:
-        began = time.perf_counter()
-        found = tg.calibrate(model, cfg, rows)
-        calibrating.append(time.perf_counter() - began)
-        return found
-
-    seconds, (_, blob) = least_seconds(
-        lambda: tg.fit(state, cfg.artifact_budget, calibrated), repeats
-    )
-    print(f"| ours: calibrate, search, round, compress | {seconds:.1f} | {len(blob)} |")
-    print(f"| calibrate alone, least | {min(calibrating, default=0):.1f} | |")
+    The spreads of rows differ by a third, those of matrices by a fifth.
+    """
+    for name, p in model.named_parameters():
+        if name.endswith("weight"):
+            spread = 0.3 * torch.randn(len(p), 1) + 0.2 * torch.randn(())
+            p.data.copy_(torch.randn(p.shape) * 0.3 * spread.exp())
 
 
-def main() -> None:
-    """The tables, and the picture."""
+def print_times(cfg: tg.Config, repeats: int):
+    """Print the seconds that both quantisers take for random weights of this shape."""
+    model = tg.build_model(cfg, torch.float32).requires_grad_(False)
+    randomize(model)
+    state = dict(model.state_dict())
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count} parameters, {torch.get_num_threads()} threads, least of {repeats}")
+    print_head("what", "seconds", "bytes")
+    seconds, blob = fastest(lambda: record_pack(record_content(state)), repeats)
+    print_row("the record's: round, compress", f"{seconds:.1f}", len(blob))
+    calibrate = tg.calibrate
+    times = []
+
+    def timed_calibrate(*arguments: Any) -> dict:
+        seconds, stats = timed(lambda: calibrate(*arguments))
+        times.append(seconds)
+        return stats
+
+    with mock.patch.object(tg, "calibrate", timed_calibrate):
+        seconds, blob = fastest(lambda: tg.fit_artifact(model, state), repeats)
+    print_row("ours: calibrate, search, round, compress", f"{seconds:.1f}", len(blob))
+    print_row("calibrate alone, least", f"{min(times, default=0):.1f}", "")
+
+
+def main():
+    """Print the tables and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--weights",
@@ -205,12 +239,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of --time")
     options = parser.parse_args()
     if options.time:
-        timing(
-            tg.read_config({"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(options.data)}),
-            options.repeats,
-        )
+        env = {"PRESET": "baseline", "DEVICE": "cpu", "DATA_PATH": str(options.data)}
+        print_times(tg.read_config(env), options.repeats)
         return
-    curves = {str(path): compare(Bench.load(path, options.data, 0)) for path in options.weights}
+    curves = {}
+    for path in options.weights:
+        curves[str(path)] = compare(Bench.load(path, options.data))
     if options.picture:
         draw(curves, options.picture)
 

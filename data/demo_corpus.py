@@ -1,11 +1,12 @@
-"""Write an English corpus from what is already on this machine: the documentation inside installed Python code.
+"""Write an English corpus from the documentation inside the Python code that is installed here.
 
     python data/demo_corpus.py --out data/demo/docs.jsonl
 
-One document a module: its docstring and those of its classes and functions, from the standard library and from the
-packages that requirements.txt brings in; plus the topics of Python's help(). It is technical English with formulas and
-examples, in documents from a paragraph to a book chapter: not FineWeb, but real text to try everything on without a
-download. Sources are parsed, never imported. The same Python and package versions give the same bytes.
+One document a module: its docstring and those of its classes and functions, from the standard
+library and from the packages that requirements.txt brings in; plus the topics of Python's help().
+It is technical English with formulas and examples, in documents from a paragraph to a book chapter:
+not FineWeb, but real text to try everything on without a download. Sources are parsed, never
+imported. The same Python and package versions give the same bytes.
 """
 
 import argparse
@@ -29,16 +30,18 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOTS = ("torch", "numpy", "sentencepiece", "huggingface_hub")
-MIN_CHARS = 200  # below this a document is a title or a licence line, with nothing to learn from its context
-# Test suites hold code to run, not prose, and many systems leave them out of their Python, as they do these parts of
-# the standard library. Without them the corpus depends on the Python version, not on who packaged it.
+# Below this a document is a title or a licence line, with nothing to learn from its context.
+MIN_CHARS = 200
+# Test suites hold code to run, not prose, and many systems leave them out of their Python, as they
+# do these parts of the standard library. Without them the corpus depends on the Python version, not
+# on who packaged it.
 SKIPPED_FOLDERS = {"test", "tests"}
 OPTIONAL_STDLIB = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "venv"}
 # Installed with a CUDA build of torch only: the corpus must not depend on which build that is.
 ACCELERATOR_PACKAGE = re.compile(r"nvidia-|cuda-|triton|pytorch-triton")
 
 
-# --- Which files -----------------------------------------------------------------------------------------------------
+# --- Which files ----------------------------------------------------------------------------------
 
 
 def installed_closure(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
@@ -73,7 +76,8 @@ def module_name(relative: Path) -> str:
 def is_wanted(relative: Path) -> bool:
     """Whether this file, named relative to its import root, belongs to the corpus.
 
-    ".." marks what pip put outside the import root: command-line scripts, which are a few lines of code.
+    ".." marks what pip put outside the import root: command-line scripts, which are a few lines of
+    code.
     """
     return (
         relative.suffix == ".py"
@@ -85,7 +89,8 @@ def is_wanted(relative: Path) -> bool:
 def stdlib_files() -> Iterator[tuple[str, Path]]:
     """(module name, file) for the standard library.
 
-    Its folder also holds site-packages and, on some systems, additions of the distributor, hence the list of names.
+    Its folder also holds site-packages and, on some systems, additions of the distributor, hence
+    the list of names.
     """
     root = Path(sysconfig.get_path("stdlib"))
     modules = sys.stdlib_module_names - OPTIONAL_STDLIB
@@ -96,19 +101,20 @@ def stdlib_files() -> Iterator[tuple[str, Path]]:
 
 
 def package_files(package: metadata.Distribution) -> Iterator[tuple[str, Path]]:
-    """(module name, file) for this package as pip's record lists it: no caches, nothing that was added later."""
+    """(module name, file) as pip's record lists this package: no caches, nothing added later."""
     for relative in package.files or []:
         if is_wanted(Path(relative)):
             yield module_name(Path(relative)), Path(package.locate_file(relative))
 
 
-# --- What they say ---------------------------------------------------------------------------------------------------
+# --- What they say --------------------------------------------------------------------------------
 
 
 def docstrings(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, cleaned docstring) of the classes and functions below this node, in source order.
+    """(dotted name, cleaned docstring) of classes and functions below this node, in source order.
 
-    Definitions under "if" and "try" count too. Expressions cannot hold any, and skipping them halves the time.
+    Definitions under "if" and "try" count too. Expressions cannot hold any, and skipping them
+    halves the time.
     """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.expr):
@@ -122,9 +128,11 @@ def docstrings(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def module_document(source: bytes) -> str:
-    """All docstrings of a module as plain text: the module's own, then each name on a line above what it says.
+    """All docstrings of a module as plain text.
 
-    SyntaxError or ValueError for what is no Python source. Code and comments are left out: the corpus is English.
+    The module's own comes first, then each name on a line above what it says.
+    SyntaxError or ValueError for what is no Python source. Code and comments are left out: the
+    corpus is English.
     """
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -137,7 +145,7 @@ def module_document(source: bytes) -> str:
 
 
 def read_module(file: tuple[str, Path]) -> tuple[str, str | None]:
-    """(module name, document); the document is None where Python cannot read the file (a template, a bad encoding)."""
+    """(module name, document); None where Python cannot read the file (a template, say)."""
     name, path = file
     try:
         text = module_document(path.read_bytes())
@@ -150,7 +158,7 @@ def read_module(file: tuple[str, Path]) -> tuple[str, str | None]:
 
 
 def help_topics() -> Iterator[tuple[str, str]]:
-    """(name, text) of the language reference behind Python's help("TOPIC"), kept as one dictionary in a module."""
+    """(name, text) of the language reference behind help("TOPIC"), a dictionary in a module."""
     path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
     for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
@@ -158,7 +166,7 @@ def help_topics() -> Iterator[tuple[str, str]]:
                 yield f"help {topic}", inspect.cleandoc(text)
 
 
-# --- Writing the corpus ----------------------------------------------------------------------------------------------
+# --- Writing the corpus ---------------------------------------------------------------------------
 
 
 def keep(
@@ -166,8 +174,8 @@ def keep(
 ) -> Iterator[tuple[str, str]]:
     """The documents worth having, each text once; counts the others by reason.
 
-    Packages carry copies of each other (setuptools those of packaging, say): a copy in validation of a training
-    document would make every score on this corpus look better than it is.
+    Packages carry copies of each other (setuptools those of packaging, say): a copy in validation
+    of a training document would make every score on this corpus look better than it is.
     """
     seen = set()
     for name, text in documents:
@@ -184,7 +192,7 @@ def keep(
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write under a temporary name and rename at the end, so that the final name never holds half a file.
+    """Write under a temporary name and rename at the end: the final name never holds half a file.
 
     The temporary name is in the same folder, as a rename between two disks would be a copy.
     """
@@ -202,10 +210,10 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
 def build_corpus(
     out: Path, topics: Iterable[tuple[str, str]], files: list[tuple[str, Path]]
 ) -> dict:
-    """Write these topics and the documents of these (module name, file) pairs; returns the facts about them.
+    """Write these topics and the documents of these (module name, file) pairs; return their facts.
 
-    Parsing takes nearly all the time, so it is spread over the cores; map() keeps the order of the files whatever
-    finishes first.
+    Parsing takes nearly all the time, so it is spread over the cores; map() keeps the order of the
+    files whatever finishes first.
     """
     out.parent.mkdir(
         parents=True, exist_ok=True
@@ -250,7 +258,7 @@ def make_demo_corpus(out: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status. What a user can get wrong ends in one line on stderr."""
+    """Run the command; return its exit status. What a user can get wrong is one line on stderr."""
     parser = argparse.ArgumentParser(
         description="Write an English corpus from the documentation on this machine."
     )
@@ -271,7 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     dropped = ", ".join(f"{count} {reason}" for reason, count in manifest["dropped"].items())
     print(
-        f"{out}: {manifest['documents']:,} documents, {manifest['text_bytes']:,} bytes (dropped: {dropped})"
+        f"{out}: {manifest['documents']:,} documents, {manifest['text_bytes']:,} bytes"
+        f" (dropped: {dropped})"
     )
     return 0
 

@@ -1,19 +1,19 @@
 """Download the published FineWeb shards and their tokenizer from the Hugging Face hub.
 
     python data/download_fineweb.py --variant sp1024 --train-shards 80     # 16 GB: 8 billion tokens
-    python data/download_fineweb.py --variant sp1024 --train-shards 1      # 0.3 GB: enough to try things out
+    python data/download_fineweb.py --variant sp1024 --train-shards 1      # 0.3 GB, to try things
 
 The folder looks like the published one, so the defaults of train_gpt.py find it:
 
     OUT/manifest.json                                       which datasets and tokenizers exist
-    OUT/datasets/fineweb10B_sp1024/fineweb_val_000000.bin   every validation shard, always: a part is no score
+    OUT/datasets/fineweb10B_sp1024/fineweb_val_000000.bin   every validation shard, always
     OUT/datasets/fineweb10B_sp1024/fineweb_train_000000.bin the first --train-shards training shards
     OUT/tokenizers/fineweb_1024_bpe.model (and .vocab)
 
-Run it again after any failure. What is whole on disk is not fetched again, and a file that broke off continues
-where it stopped: it grows as NAME.part and gets its name only once its bytes are known to be the published ones,
-so a trainer that reads fineweb_train_*.bin never meets half a shard. HF_ENDPOINT and HF_TOKEN work as in every
-program that uses the hub.
+Run it again after any failure. What is whole on disk is not fetched again, and a file that broke
+off continues where it stopped: it grows as NAME.part and gets its name only once its bytes are
+known to be the published ones, so a trainer that reads fineweb_train_*.bin never meets half a
+shard. HF_ENDPOINT and HF_TOKEN work as in every program that uses the hub.
 """
 
 import argparse
@@ -42,15 +42,16 @@ REPO, ROOT = (
     "datasets",
 )  # ROOT/NAME in the repo becomes OUT/NAME here
 MANIFEST = "manifest.json"
-ATTEMPTS = 3  # per file; within an attempt the client itself reconnects up to five times in a row without progress
+# Per file; within an attempt the client reconnects up to five times in a row without progress.
+ATTEMPTS = 3
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What to fetch: names are relative to ROOT on the hub and to OUT here
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def files_of_variant(manifest: dict, variant: str, train_shards: int) -> list[str]:
-    """Every file the variant needs, the small ones first so that mistakes show before gigabytes have moved."""
+    """Every file the variant needs, small ones first: mistakes show before gigabytes have moved."""
     datasets = {entry["name"]: entry for entry in manifest["datasets"]}
     dataset = datasets.get(f"fineweb10B_{variant}")
     if dataset is None:
@@ -73,11 +74,12 @@ def files_of_variant(manifest: dict, variant: str, train_shards: int) -> list[st
 
 
 def refuse_outside(name: str) -> None:
-    """A manifest is someone else's text: it may name data, but neither `../.bashrc` nor a script of ours in OUT."""
+    """A manifest is a stranger's text: it may name data, not `../.bashrc` or a script of ours."""
     parts = PurePosixPath(name).parts
     if not parts or parts[0] not in ("datasets", "tokenizers") or ".." in parts:
         raise ValueError(
-            f"{MANIFEST} names {name!r}, which is not beneath datasets/ or tokenizers/; nothing fetched"
+            f"{MANIFEST} names {name!r}, which is not beneath datasets/ or tokenizers/;"
+            " nothing fetched"
         )
 
 
@@ -90,21 +92,23 @@ def look_up(names: list[str], revision: str) -> dict[str, RepoFile]:
     }
     if missing := [name for name in names if name not in remote]:
         raise ValueError(
-            f"{ENDPOINT} has no {ROOT}/{missing[0]} in {REPO} ({len(missing)} of {len(names)} missing)"
+            f"{ENDPOINT} has no {ROOT}/{missing[0]} in {REPO}"
+            f" ({len(missing)} of {len(names)} missing)"
         )
     return remote
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fetching one file
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def verify(path: Path, remote: RepoFile) -> None:
     """Raise ValueError unless the file holds exactly what the hub lists, and a shard is a shard.
 
-    The hash is checked on files that were already here too: a copy that lost its tail to a full disk often keeps
-    its length. The hub lists sha256 for large files and git's own hash for small ones.
+    The hash is checked on files that were already here too: a copy that lost its tail to a full
+    disk often keeps its length. The hub lists sha256 for large files and git's own hash for small
+    ones.
     """
     size = path.stat().st_size
     if size == 0 or size != remote.size:
@@ -132,8 +136,9 @@ def is_whole(path: Path, remote: RepoFile) -> bool:
 def transfer(partial: Path, remote: RepoFile, revision: str, label: str) -> None:
     """Append to the partial file what it still lacks.
 
-    This is the transfer inside hf_hub_download, which we do not call: it deletes a partial file when it fails, so
-    that nothing could continue in the next run. Nothing passes through ~/.cache either.
+    This is the transfer inside hf_hub_download, which we do not call: it deletes a partial file
+    when it fails, so that nothing could continue in the next run. Nothing passes through ~/.cache
+    either.
     """
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("ab") as file:
@@ -153,8 +158,8 @@ def transfer(partial: Path, remote: RepoFile, revision: str, label: str) -> None
 def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
     """Bring one verified file to its final name, or raise ValueError after a few attempts.
 
-    A broken connection keeps the partial file, because its bytes are worth continuing; bytes that arrived and are
-    wrong are thrown away, because nothing tells which of them are.
+    A broken connection keeps the partial file, because its bytes are worth continuing; bytes that
+    arrived and are wrong are thrown away, because nothing tells which of them are.
     """
     partial = target.with_name(f"{target.name}.part")
     for attempt in range(1, ATTEMPTS + 1):
@@ -176,13 +181,13 @@ def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
                 time.sleep(1)  # a host that stumbled needs a moment; wrong bytes do not
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def fetch_manifest(out: Path) -> str:
-    """Bring the current manifest here; return its commit, where all other files come from, so that they fit it."""
+    """Bring the current manifest here; return its commit, from which all other files come, too."""
     url = hf_hub_url(REPO, f"{ROOT}/{MANIFEST}", repo_type="dataset")
     revision = get_hf_file_metadata(
         url
@@ -232,12 +237,13 @@ def download(variant: str, train_shards: int, out: Path) -> None:
     for i, (name, file) in enumerate(todo.items(), start=1):
         fetch(out / name, file, revision, label=f"[{i}/{len(todo)}] {PurePosixPath(name).name}")
     print(
-        f"{out}: complete, {len(todo)} files fetched and verified, {len(names) - len(todo)} were here already"
+        f"{out}: complete, {len(todo)} files fetched and verified,"
+        f" {len(names) - len(todo)} were here already"
     )
 
 
 def describe(error: Exception) -> str:
-    """One line a user can act on; the client's own messages run over several and repeat signed URLs."""
+    """One line a user can act on; the client's messages run over several and repeat signed URLs."""
     if isinstance(error, HfHubHTTPError):
         status, url = error.response.status_code, str(error.response.url).split("?")[0]
         return f"HTTP {status} from {url}" + (
@@ -264,7 +270,8 @@ def main() -> int:
         help="default: beside this script",
     )
     args = parser.parse_args()
-    hub_logging.set_verbosity_error()  # the client warns about every reconnect; our one line says what came of it
+    # The client warns about every reconnect; our one line says what came of it.
+    hub_logging.set_verbosity_error()
     try:
         download(args.variant, args.train_shards, args.out)
     except (ValueError, OSError, HTTPError) as error:

@@ -1,14 +1,16 @@
-"""Turn a JSONL file of {"text": ...} documents into a tokenizer and the token shards that train_gpt.py reads.
+"""Turn a JSONL file of {"text": ...} documents into a tokenizer and shards for train_gpt.py.
 
     python data/make_shards.py --jsonl docs.jsonl --out data/mine --val-docs 1000
-    python data/make_shards.py --jsonl docs.jsonl --out data/mine --tokenizer data/tokenizers/fineweb_1024_bpe.model
+    T=data/tokenizers/fineweb_1024_bpe.model
+    python data/make_shards.py --jsonl docs.jsonl --out data/mine --tokenizer $T
 
-Documents are shuffled with a seed; the first --val-docs of them are validation, the rest is training text. Each one
-becomes BOS + pieces. Only an index of line offsets is kept in memory (8 bytes a document), and long documents are
-encoded in parts, so neither a 100 GB file nor a 50 MB line needs more than a few hundred MB.
+Documents are shuffled with a seed; the first --val-docs of them are validation, the rest is
+training text. Each one becomes BOS + pieces. Only an index of line offsets is kept in memory (8
+bytes a document), and long documents are encoded in parts, so neither a 100 GB file nor a 50 MB
+line needs more than a few hundred MB.
 
-A set appears as a whole or not at all: it is built in a hidden folder inside --out and moved into place at the end,
-manifest.json last. data/README.md describes the formats.
+A set appears as a whole or not at all: it is built in a hidden folder inside --out and moved into
+place at the end, manifest.json last. data/README.md describes the formats.
 """
 
 import argparse
@@ -31,8 +33,9 @@ SHARD_TOKENS = 100_000_000  # a shard of 200 MB, the size of the published ones
 SHARD_NAME = re.compile(r"fineweb_(train|val)_\d{6}\.bin")
 MAX_VOCAB = 2**16  # ids are stored in 16 bits
 
-# The settings of the published tokenizer. Splitting digits keeps numbers of any length readable with ten pieces; byte
-# fallback makes every text encodable, so that no document ever holds the unknown piece.
+# The settings of the published tokenizer. Splitting digits keeps numbers of any length readable
+# with ten pieces; byte fallback makes every text encodable, so that no document ever holds the
+# unknown piece.
 TOKENIZER_SETTINGS = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -52,22 +55,24 @@ DEFAULT_VOCAB = 1024
 SAMPLE_BYTES = (
     32_000_000  # training text shown to the tokenizer; more changes hardly a merge and costs memory
 )
-# What the tokenizer reduces to nothing, besides the control characters and blanks that str.isprintable() knows.
+# What the tokenizer reduces to nothing, besides the control characters and blanks that
+# str.isprintable() knows.
 VANISHING = " \u2581\ufffd"
 
-# Encoding takes up to 100 bytes of memory a character, so that long documents are cut (at one of these blanks) and
-# short ones handed over in batches, which SentencePiece spreads over all cores.
+# Encoding takes up to 100 bytes of memory a character, so that long documents are cut (at one of
+# these blanks) and short ones handed over in batches, which SentencePiece spreads over all cores.
 PART_CHARS, BATCH_CHARS, BLANKS = 1_000_000, 4_000_000, " \n"
 EXPECTED_LINE = 'expected a JSON object {"text": "..."} on every line; fix or remove this line'
 
 
-# --- Shards ----------------------------------------------------------------------------------------------------------
+# --- Shards ---------------------------------------------------------------------------------------
 
 
 def shard_token_count(path: str | Path) -> int:
-    """Number of tokens that the shard's header promises, after checking that the file keeps the promise.
+    """Number of tokens that the shard's header promises and its file holds.
 
-    A file that was cut short would otherwise train on less data than its log says, so size and header must agree.
+    A file that was cut short would otherwise train on less data than its log says, so size and
+    header must agree.
     """
     path, header_bytes = Path(path), 4 * HEADER_INTS
     size = path.stat().st_size
@@ -89,7 +94,7 @@ def shard_token_count(path: str | Path) -> int:
 
 
 class ShardWriter:
-    """Appends token ids to fineweb_{split}_000000.bin, _000001.bin, ...; a document may straddle two shards.
+    """Appends token ids to fineweb_{split}_000000.bin, ...; a document may straddle two shards.
 
     The number of tokens is known only at the end of a shard, so its header is written last.
     """
@@ -102,7 +107,8 @@ class ShardWriter:
         """Append ids (any integer type, all below 65536), starting new shards as they fill."""
         while ids.size:
             if self.file is None:
-                self.file = open(self.folder / f"fineweb_{self.split}_{self.shards:06d}.bin", "wb")  # noqa: SIM115
+                path = self.folder / f"fineweb_{self.split}_{self.shards:06d}.bin"
+                self.file = path.open("wb")
                 self.file.write(bytes(4 * HEADER_INTS))
                 self.shards, self.count = self.shards + 1, 0
             room = SHARD_TOKENS - self.count
@@ -126,21 +132,21 @@ class ShardWriter:
 
 
 def sync_and_close(file) -> None:
-    """Force the file to disk before it gets its final name, so that a power cut cannot leave that name empty."""
+    """Force the file to disk before it gets its final name: no power cut leaves that name empty."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
 
 
-# --- Documents -------------------------------------------------------------------------------------------------------
+# --- Documents ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Source:
     """Where the documents of a JSONL file start, and what was left out of them.
 
-    The texts stay in the file: a shuffled order is read by seeking, so that memory grows with the number of documents
-    (8 bytes each) and not with their length.
+    The texts stay in the file: a shuffled order is read by seeking, so that memory grows with the
+    number of documents (8 bytes each) and not with their length.
     """
 
     path: Path
@@ -150,14 +156,15 @@ class Source:
     empty_documents: int
 
     def facts(self) -> dict:
-        """What the manifest says about the source; no path, so that equal runs in two folders give equal manifests."""
+        """What the manifest says about the source; no path: equal runs have equal manifests."""
         facts = {"name": self.path.name, "bytes": self.path.stat().st_size, "sha256": self.sha256}
         return facts | {"blank_lines": self.blank_lines, "empty_documents": self.empty_documents}
 
     def texts(self, rows: np.ndarray) -> Iterator[str]:
         """The documents with these row numbers, in this order.
 
-        Each line is parsed a second time; that costs little beside its encoding, and nothing has to be kept.
+        Each line is parsed a second time; that costs little beside its encoding, and nothing has to
+        be kept.
         """
         with open(self.path, "rb") as file:
             for offset in self.offsets[rows]:
@@ -166,10 +173,10 @@ class Source:
 
 
 def document_text(line: bytes) -> str:
-    """The text of one JSONL line; ValueError says what is wrong with it, and the caller where it is.
+    """The text of one JSONL line; ValueError says what is wrong with it, the caller where it is.
 
-    Nothing is repaired or skipped: a corpus that is not what its maker thinks should be noticed now. Other entries of
-    the object are allowed, as most corpora carry a source or a date.
+    Nothing is repaired or skipped: a corpus that is not what its maker thinks should be noticed
+    now. Other entries of the object are allowed, as most corpora carry a source or a date.
     """
     try:
         record = json.loads(line.decode("utf-8"))
@@ -192,8 +199,9 @@ def document_text(line: bytes) -> str:
 def index_documents(path: Path) -> Source:
     """Check every line and note where its document starts, before any long work begins.
 
-    Blank lines are no documents. Text without one character that the tokenizer keeps (empty, spaces, control codes)
-    is dropped as well: it would be BOS alone, with nothing to predict. The manifest counts both.
+    Blank lines are no documents. Text without one character that the tokenizer keeps (empty,
+    spaces, control codes) is dropped as well: it would be BOS alone, with nothing to predict. The
+    manifest counts both.
     """
     offsets, digest, blank, empty, offset = [], hashlib.sha256(), 0, 0, 0
     chunks = [np.zeros(0, dtype=np.int64)]
@@ -222,29 +230,34 @@ def index_documents(path: Path) -> Source:
 def split_rows(source: Source, val_docs: int, seed: int) -> dict[str, np.ndarray]:
     """Row numbers of the validation and training documents, shuffled.
 
-    RandomState rather than default_rng: NumPy promises that its stream never changes between versions.
+    RandomState rather than default_rng: NumPy promises that its stream never changes between
+    versions.
     """
     documents = len(source.offsets)
     if documents == 0:
         raise ValueError(
-            f'{source.path}: found no documents; expected lines of {{"text": "..."}}; give another file'
+            f'{source.path}: found no documents; expected lines of {{"text": "..."}};'
+            " give another file"
         )
     if not 1 <= val_docs < documents:
         raise ValueError(
-            f"--val-docs {val_docs}: found {documents} documents in {source.path}; expected at least 1, and fewer than "
-            "all of them, as training needs the rest; choose another number"
+            f"--val-docs {val_docs}: found {documents} documents in {source.path}; expected at"
+            " least 1, and fewer than all of them, as training needs the rest; choose another number"
         )
-    # One order for everything: which documents validate, and the order in which training reads the others.
+    # One order for everything: which documents validate, and the order in which training reads the
+    # others.
     order = np.random.RandomState(seed).permutation(documents)
     return {"val": order[:val_docs], "train": order[val_docs:]}
 
 
-# --- Tokenizer -------------------------------------------------------------------------------------------------------
+# --- Tokenizer ------------------------------------------------------------------------------------
 
 
 def split_long(text: str) -> Iterator[str]:
-    """The text in parts of at most PART_CHARS, cut before a blank: pieces never reach across one, so that the parts
-    encode like the whole. A word longer than a part is cut anywhere.
+    """The text in parts of at most PART_CHARS, cut before a blank.
+
+    Pieces never reach across a blank, so the parts encode like the whole. A word longer than a part
+    is cut anywhere.
     """
     start = 0
     while len(text) - start > PART_CHARS:
@@ -259,7 +272,8 @@ def split_long(text: str) -> Iterator[str]:
 def training_sample(source: Source, rows: np.ndarray) -> Iterator[str]:
     """The first SAMPLE_BYTES of the shuffled training documents, for the tokenizer.
 
-    The trainer skips any text that holds a NUL or U+2585, which it uses itself; a space in their place saves the rest.
+    The trainer skips any text that holds a NUL or U+2585, which it uses itself; a space in their
+    place saves the rest.
     """
     budget = SAMPLE_BYTES
     for text in source.texts(rows):
@@ -273,7 +287,8 @@ def training_sample(source: Source, rows: np.ndarray) -> Iterator[str]:
 def train_tokenizer(source: Source, rows: np.ndarray, vocab_size: int) -> bytes:
     """A new SentencePiece model, as bytes.
 
-    It sees training documents only: pieces fitted to validation text would make its score look better than it is.
+    It sees training documents only: pieces fitted to validation text would make its score look
+    better than it is.
     """
     model = io.BytesIO()
     try:
@@ -286,7 +301,8 @@ def train_tokenizer(source: Source, rows: np.ndarray, vocab_size: int) -> bytes:
             **TOKENIZER_SETTINGS,
         )
     except RuntimeError as error:
-        # "100 vs 346." when the bytes and characters alone need 346, "<= 900." when the text has no more merges.
+        # "100 vs 346." when the bytes and characters alone need 346, "<= 900." when the text has no
+        # more merges.
         bound = re.search(r"(vs|<=) (\d+)\.", str(error))
         limit = (
             f"at {'least' if bound[1] == 'vs' else 'most'} {bound[2]}"
@@ -294,14 +310,14 @@ def train_tokenizer(source: Source, rows: np.ndarray, vocab_size: int) -> bytes:
             else f"usable text ({error})"
         )
         raise ValueError(
-            f"--vocab-size {vocab_size}: found that SentencePiece cannot make it from {source.path}; "
-            f"expected {limit}; choose another size"
+            f"--vocab-size {vocab_size}: found that SentencePiece cannot make it from"
+            f" {source.path}; expected {limit}; choose another size"
         ) from None
     return model.getvalue()
 
 
 def load_tokenizer(proto: bytes, name: str, vocab_size: int | None) -> spm.SentencePieceProcessor:
-    """The tokenizer in these bytes, checked against what a shard needs of it. vocab_size None accepts any size."""
+    """The tokenizer in these bytes, fit for shards; vocab_size None accepts any size."""
     try:
         if not proto:  # SentencePiece takes an empty file for a tokenizer without pieces
             raise RuntimeError
@@ -315,7 +331,8 @@ def load_tokenizer(proto: bytes, name: str, vocab_size: int | None) -> spm.Sente
         raise ValueError(f"{found}; expected --vocab-size {vocab_size}; change it or leave it out")
     if tokenizer.get_piece_size() > MAX_VOCAB:
         raise ValueError(
-            f"{found}; expected at most {MAX_VOCAB}, as shards hold 16-bit ids; use a smaller vocabulary"
+            f"{found}; expected at most {MAX_VOCAB}, as shards hold 16-bit ids;"
+            " use a smaller vocabulary"
         )
     if tokenizer.bos_id() < 0:
         raise ValueError(
@@ -335,7 +352,7 @@ def piece_bytes(tokenizer: spm.SentencePieceProcessor) -> np.ndarray:
     return table
 
 
-# --- Writing a set ---------------------------------------------------------------------------------------------------
+# --- Writing a set --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -362,8 +379,9 @@ def encoding_batches(texts: Iterable[str]) -> Iterator[list[Part]]:
 def encode_parts(tokenizer: spm.SentencePieceProcessor, parts: list[Part]) -> list[np.ndarray]:
     """Token ids of each part, with BOS in front of every document.
 
-    A later part that begins with a blank is encoded behind a guard word, whose ids are cut off again: the tokenizer
-    drops a blank at the edge of a text, and the document would lose a space where we happened to cut it.
+    A later part that begins with a blank is encoded behind a guard word, whose ids are cut off
+    again: the tokenizer drops a blank at the edge of a text, and the document would lose a space
+    where we happened to cut it.
     """
     guard, bos = "x", np.array([tokenizer.bos_id()], dtype=np.int32)
     guards = [
@@ -384,8 +402,9 @@ def write_split(
 ) -> dict:
     """Write every text as BOS + pieces; returns what was written, for the manifest.
 
-    text_bytes counts the JSONL's text, decoded_bytes what the tokens spell: nmt_nfkc folds runs of white space, so the
-    second is smaller. It is what val_bpb divides by, and what tokens_per_byte refers to.
+    text_bytes counts the JSONL's text, decoded_bytes what the tokens spell: nmt_nfkc folds runs of
+    white space, so the second is smaller. It is what val_bpb divides by, and what tokens_per_byte
+    refers to.
     """
     decoded_bytes = piece_bytes(tokenizer)
     stats = dict.fromkeys(("documents", "tokens", "text_bytes", "decoded_bytes"), 0)
@@ -401,7 +420,7 @@ def write_split(
 
 
 def file_facts(path: Path) -> dict:
-    """Size and SHA-256 of a finished file, and the tokens of a shard (which checks what was written)."""
+    """Size and SHA-256 of a finished file, and the tokens of a shard, which checks the file."""
     with open(path, "rb") as file:
         facts = {
             "bytes": path.stat().st_size,
@@ -411,7 +430,7 @@ def file_facts(path: Path) -> dict:
 
 
 def refuse_endless(path: Path) -> None:
-    """ValueError for a pipe or a device: it might never end, and the documents are read twice, in any order."""
+    """ValueError for a pipe or a device: it might never end, and documents are read twice."""
     if path.exists() and not (
         path.is_file() or path.is_dir()
     ):  # what is absent or a folder fails when it is opened
@@ -423,8 +442,9 @@ def refuse_endless(path: Path) -> None:
 def earlier_shards(out: Path) -> set[str]:
     """Names of the shards that this run will replace.
 
-    Shards that no manifest of ours lists came from elsewhere (16 GB of published ones, say): deleting those would be
-    rude, and leaving them beside ours would mix two data sets, so they are an error.
+    Shards that no manifest of ours lists came from elsewhere (16 GB of published ones, say):
+    deleting those would be rude, and leaving them beside ours would mix two data sets, so they are
+    an error.
     """
     shards = {path.name for path in out.glob("fineweb_*.bin") if SHARD_NAME.fullmatch(path.name)}
     try:
@@ -433,8 +453,8 @@ def earlier_shards(out: Path) -> set[str]:
         listed = set()
     if shards - listed:
         raise ValueError(
-            f"{out}: found {min(shards - listed)}, which no manifest.json of make_shards.py lists; expected a new "
-            "folder or an earlier set; choose another --out, or delete those shards"
+            f"{out}: found {min(shards - listed)}, which no manifest.json of make_shards.py lists;"
+            " expected a new folder or an earlier set; choose another --out, or delete those shards"
         )
     return shards
 
@@ -449,7 +469,7 @@ def write_file(path: Path, content: bytes) -> None:
 def make_shards(
     jsonl: Path, out: Path, val_docs: int, seed: int, vocab_size: int | None, model: Path | None
 ) -> dict:
-    """Put a set for these documents into out and return its manifest. model None trains a tokenizer.
+    """Put a set for these documents into out; return its manifest. model None trains a tokenizer.
 
     Everything that a user can get wrong is checked before the first byte is written.
     """
@@ -461,7 +481,8 @@ def make_shards(
         )
     if vocab_size and vocab_size > MAX_VOCAB:
         raise ValueError(
-            f"--vocab-size {vocab_size}: found more ids than 16 bits hold; expected at most {MAX_VOCAB}"
+            f"--vocab-size {vocab_size}: found more ids than 16 bits hold;"
+            f" expected at most {MAX_VOCAB}"
         )
     earlier = earlier_shards(out)
     proto = model.read_bytes() if model else None
@@ -498,9 +519,10 @@ def make_shards(
 
 
 def publish(build: Path, out: Path, files: list[str], earlier: set[str]) -> None:
-    """Move a finished set into place; shards of a longer earlier set go, or training would read them too.
+    """Move a finished set into place; shards of a longer earlier set go, lest training read them.
 
-    The manifest moves last, so that its checksums tell a set from a mixture that a crash left behind.
+    The manifest moves last, so that its checksums tell a set from a mixture that a crash left
+    behind.
     """
     for name in files:
         os.replace(build / name, out / name)
@@ -509,11 +531,11 @@ def publish(build: Path, out: Path, files: list[str], earlier: set[str]) -> None
     os.replace(build / "manifest.json", out / "manifest.json")
 
 
-# --- Command line ----------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """The options. --vocab-size stays None unless given: only then can it contradict a given tokenizer."""
+    """The options. --vocab-size is None unless given: only then can it contradict a tokenizer."""
     parser = argparse.ArgumentParser(
         description="Make token shards and a tokenizer from a JSONL file of documents."
     )
@@ -539,7 +561,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status. What a user can get wrong ends in one line on stderr."""
+    """Run the command; return its exit status. What a user can get wrong is one line on stderr."""
     options = parse_arguments(arguments)
     try:
         manifest = make_shards(

@@ -1,10 +1,12 @@
 """What the tests share: a small model with every weight alive, real text, and the script run as users run it."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # two workers run side by side: threads that wait for each other would spin
@@ -169,6 +171,38 @@ def tiny_documents(lengths, vocab_size=96, seed=0):
 def rt():
     """One rank, CPU, fp32: exact enough to compare two ways of computing the same thing."""
     return tg.Runtime(CPU, torch.float32)
+
+
+class Ended(NamedTuple):
+    """What came of a run."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """Run the program in this process, which saves the start of another.
+
+    A function of OUT_DIR and of settings, as `run_script` is. The lock on OUT_DIR is left out, since
+    this process would hold it until its own end.
+    """
+
+    def run(out_dir, **settings):
+        _, env = invocation(out_dir, **settings)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = [signal.getsignal(number) for number in numbers]
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", env)
+            patch.setattr(tg.fcntl, "flock", lambda *_: None)
+            status = tg.main()
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        return Ended(status, *capfd.readouterr())
+
+    return run
 
 
 def pytest_collection_modifyitems(items):
