@@ -131,7 +131,7 @@ def test_a_budget_that_nothing_fits_is_refused_and_the_weights_are_kept(model, f
     with pytest.raises(tg.UserError) as refused:
         tg.export(limited(model, room), tg.RunLog())
     line = str(refused.value)
-    start = f"ARTIFACT_BUDGET={CODE + room}: the script leaves {room} bytes, the coarsest artifact"
+    start = f"ARTIFACT_BUDGET={CODE + room}: the script leaves {room} bytes, the smallest artifact"
     assert line.startswith(start)
     assert "EVAL_ONLY=1" in line
     saved = torch.load(folder / "final_model.pt", weights_only=True)
