@@ -580,13 +580,13 @@ def source_code() -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file. `UserError` for anything else, since a pipe might never end."""
-    require(path.is_file(), f"{path}: found no regular file there, expected one")
+    """The bytes of a regular file. `UserError` otherwise: a pipe might never end."""
+    require(path.is_file(), f"{path}: expected a regular file, found none")
     return path.read_bytes()
 
 
 def write_atomically(path: Path, data: bytes | memoryview):
-    """Put `data` at `path` entirely or not at all: a temporary name, flushed, then renamed."""
+    """Write `data` to `path` atomically: temporary file, fsync, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -597,14 +597,14 @@ def write_atomically(path: Path, data: bytes | memoryview):
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{path}: {error.strerror}; it was not written, an earlier file is still there",
+            f"{path}: {error.strerror}; not written, any earlier file is unchanged",
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def torch_bytes(content: Any) -> memoryview:
-    """What torch.save writes, as bytes in memory."""
+    """The bytes that torch.save writes for `content`."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
@@ -612,7 +612,7 @@ def torch_bytes(content: Any) -> memoryview:
 
 @contextlib.contextmanager
 def refusing(path: str | Path, expected: str) -> Iterator[None]:
-    """Whatever goes wrong with the file at `path`, perhaps a stranger's, becomes a `UserError`."""
+    """Turn any error while reading the (untrusted) file at `path` into a `UserError`."""
     try:
         yield
     except Exception as error:
@@ -621,14 +621,14 @@ def refusing(path: str | Path, expected: str) -> Iterator[None]:
 
 
 def find_checkpoints(cfg: Config, run_id: str) -> list[Path]:
-    """The checkpoints of a run, or with "*" of any, in OUT_DIR, the newest first."""
+    """The checkpoints of a run ("*": of any run) in OUT_DIR, newest first."""
     pattern = f"{run_id}.step{9 * '[0-9]'}.pt"
     found = Path(cfg.out_dir, "checkpoints").glob(pattern)
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def launch_command(env: Mapping, **changes: Any) -> str:
-    """The command that starts this run, with the settings that were given and the `changes`."""
+    """The shell command that repeats this run, with `changes` to its settings."""
     names = [spec.name.upper() for spec in fields(Config)]
     settings = {name: env[name] for name in names if name in env} | changes
     words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
@@ -639,7 +639,7 @@ def launch_command(env: Mapping, **changes: Any) -> str:
 
 
 def describe_hardware(device: torch.device) -> str:
-    """One line on the processor or the GPUs."""
+    """One line about the CPU or the GPUs."""
     if device.type == "cuda":
         gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
         return f"{gpus}, CUDA {torch.version.cuda}"
@@ -650,7 +650,7 @@ def describe_hardware(device: torch.device) -> str:
 
 
 def choose_run_id(cfg: Config) -> str:
-    """RUN_ID; else the run of the newest checkpoint, if RESUME=auto finds one; else a new name."""
+    """RUN_ID if set; else the newest checkpoint's run if RESUME=auto; else a UUID."""
     if cfg.run_id:
         return cfg.run_id
     found = find_checkpoints(cfg, "*") if cfg.resume == "auto" else []
@@ -659,13 +659,13 @@ def choose_run_id(cfg: Config) -> str:
 
 @dataclass
 class RunLog:
-    """The console and, once `open` has been called, logs/{RUN_ID}.txt. Rank 0 alone writes."""
+    """Writes to the console and, after `open`, to logs/{RUN_ID}.txt. Rank 0 only."""
 
     rank: int = 0
     run_id: str = ""
     path: Path | None = None
-    suffix: str = ""  # " partial" when only some documents are scored: no line may mislead
-    artifact: Path | None = None  # once it is there
+    suffix: str = ""  # " partial" if MAX_VAL_DOCS is set: not a full score
+    artifact: Path | None = None  # once it is written
     has_gaps: bool = False
 
     def line(self, text: str, console: bool = True, suffix: bool = True):
@@ -675,7 +675,7 @@ class RunLog:
         if suffix:
             text += self.suffix
         if console:
-            with self.surviving(), tqdm.external_write_mode():  # which lifts a progress bar away
+            with self.surviving(), tqdm.external_write_mode():  # clears progress bars
                 print(text, flush=True)
         if self.path:
             with self.surviving():
@@ -683,22 +683,23 @@ class RunLog:
 
     @contextlib.contextmanager
     def surviving(self) -> Iterator[None]:
-        """A full disk, or a reader that has left, ends no run."""
+        """Don't let a full disk or a closed pipe end the run."""
         try:
             yield
         except OSError as error:
             if not self.has_gaps:
+                self.has_gaps = True
                 warning = f"warning: {error.strerror}; the run goes on, its log has gaps"
-                print(warning, file=sys.stderr)
-            self.has_gaps = True
+                with contextlib.suppress(OSError):
+                    print(warning, file=sys.stderr)
 
     def append(self, text: str):
-        """Write to the file alone. `OSError` if that cannot be done."""
+        """Write to the file only. Raises `OSError` on failure."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 
     def open(self, cfg: Config, rt: Runtime, env: Mapping):
-        """Claim OUT_DIR and begin the log, or the next attempt in it."""
+        """Lock OUT_DIR and start the log, or a new attempt in it."""
         self.claim_folder(Path(cfg.out_dir))
         self.path = Path(cfg.out_dir, "logs", f"{self.run_id}.txt")
         if cfg.max_val_docs:
@@ -707,7 +708,7 @@ class RunLog:
         self.write_header(cfg, rt, env, attempt)
 
     def claim_folder(self, folder: Path):
-        """Make the folders and lock OUT_DIR until this process ends, however it ends."""
+        """Create the folders; lock OUT_DIR until this process exits or crashes."""
         for name in ("", "logs", "checkpoints"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.lock = os.open(folder, os.O_RDONLY)
@@ -718,10 +719,10 @@ class RunLog:
                 f"OUT_DIR={folder}: another run is writing there; wait, or choose another OUT_DIR"
             ) from None
         except OSError:
-            pass  # a file system that cannot lock stops nobody
+            pass  # no locks on this file system: go on
 
     def begin_attempt(self, cfg: Config) -> int:
-        """The number of this attempt; the head of a new log. `UserError` for another run's log."""
+        """Start a new log, or return the number of the next attempt in it. `UserError` if refused."""
         if not self.path.exists():
             rule = "=" * 100
             machine = describe_hardware(torch.device(cfg.device))
@@ -733,15 +734,15 @@ class RunLog:
         require(
             cfg.resume,
             f"RUN_ID={self.run_id}: found {self.path}, the log of an earlier run; choose another"
-            " RUN_ID, or go on with RESUME=auto",
+            " RUN_ID, or resume with RESUME=auto",
         )
         text = self.path.read_text(encoding="utf-8", errors="replace")
         if not text.endswith("\n"):
-            self.append("\n")  # the last attempt died while it wrote a line
+            self.append("\n")  # the last attempt died in mid-line
         return text.count("\nattempt:") + 1
 
     def write_header(self, cfg: Config, rt: Runtime, env: Mapping, attempt: int):
-        """What identifies an attempt: command, settings, versions, machine, hash of the script."""
+        """Log the command, settings, versions, machine and hash of the script."""
         values = {f.name.upper(): spell(getattr(cfg, f.name)) for f in fields(cfg)}
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
         lines = [
@@ -760,19 +761,19 @@ class RunLog:
         )
         self.line(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.path}")
         self.line(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
-        # Names of one word belong to other programs as well.
+        # Skip one-word names: other programs use them, too.
         ours = [name for name in values if "_" in name]
         for name in sorted(filter(str.isprintable, env.keys() - values.keys())):
             for meant in difflib.get_close_matches(name, ours, 1, 0.85):
-                self.line(f"warning: {name} is no setting of this script; {meant} is")
+                self.line(f"warning: unknown setting {name}; did you mean {meant}?")
 
 
 # ==== Data and bytes ==============================================================================
-# Shards, the training stream, the validation documents, and how many bytes a token stands for.
+# Shards, the training stream, the validation documents, and bytes per token.
 
 
 def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
-    """The SentencePiece model at `path`. `UserError` if it is damaged or of another vocabulary."""
+    """The SentencePiece model at `path`. `UserError` if damaged or of another vocabulary."""
     expected = f"the SentencePiece .model that made the shards, with BOS and {vocab_size} pieces"
     with refusing(f"TOKENIZER_PATH={path}", f"{expected}; correct the path or VOCAB_SIZE"):
         proto = read_file(Path(path))
@@ -781,15 +782,15 @@ def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
         pieces = tokenizer.vocab_size()
         bos = tokenizer.bos_id()
         require(pieces == vocab_size and bos >= 0, f"found {pieces} pieces, BOS id {bos}")
-        tokenizer.id_to_piece(list(range(pieces)))  # raises if a piece is no text
+        tokenizer.id_to_piece(list(range(pieces)))  # raises on invalid UTF-8
     return tokenizer
 
 
 class ByteTable(NamedTuple):
-    """UTF-8 bytes that a target token stands for. A `▁` in a piece stands for a space."""
+    """UTF-8 bytes per target token. `▁` in a piece is a space."""
 
     base: np.ndarray  # (V,) int64, bytes without a leading space; byte-fallback pieces: 1
-    leading_space: np.ndarray  # (V,) bool; that space counts only after a token that is text
+    leading_space: np.ndarray  # (V,) bool: starts with `▁`, counted only after text
     is_text: np.ndarray  # (V,) bool; control, unknown and unused pieces stand for 0 bytes
 
     @classmethod
@@ -801,7 +802,7 @@ class ByteTable(NamedTuple):
         is_text = ~np.array(tokenizer.is_control(ids))
         is_text &= ~np.array(tokenizer.is_unknown(ids))
         is_text &= ~np.array(tokenizer.is_unused(ids))
-        # Byte fallback would spell such a space as three bytes, and all three would count.
+        # Without it, byte fallback spells `▁` as three bytes, and all three would count.
         require(
             is_text[tokenizer.piece_to_id("▁")],
             "TOKENIZER_PATH: found no piece '▁', expected one, else spaces miscount; train it with one",
@@ -812,12 +813,12 @@ class ByteTable(NamedTuple):
         return cls(np.where(is_byte, 1, sizes) * is_text, spaced & is_text & ~is_byte, is_text)
 
     def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Bytes of each `target` after the token `previous`: ids of any shape -> int64."""
+        """Bytes of each `target`, given the token before: ids of any shape -> int64."""
         return self.base[target] + (self.leading_space[target] & self.is_text[previous])
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped: (n,) uint16. `UserError` unless its header is right."""
+    """The tokens of a shard, memory-mapped: (n,) uint16. `UserError` if its header is wrong."""
     size = path.stat().st_size if path.is_file() else 0
     header = [0, 0, 0]
     if size >= 1024:
@@ -845,12 +846,12 @@ def open_shards(folder: str, split: str) -> list[np.ndarray]:
 
 
 class TokenStream:
-    """The training tokens of all shards in order, wrapping forever. `position` is its state."""
+    """All training shards as one endless stream. `position` is its only state."""
 
     def __init__(self, shards: list[np.ndarray]):
         self.shards = shards
         self.position = 0
-        # Where each shard begins; the last entry is where the stream begins anew.
+        # Where each shard begins; the last entry is the total length.
         self.begins = np.cumsum([0, *map(len, shards)])
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -881,9 +882,9 @@ class Documents:
 
     tokens: Tensor  # (n,) int32
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
-    starts: np.ndarray  # (docs,) int64, position of each document's BOS, the first that it owns
-    predictions: np.ndarray  # (docs,) int64, positions it owns, >= 1; the last predicts a BOS
-    beyond_limit: int = 0  # targets that were left out by MAX_VAL_DOCS
+    starts: np.ndarray  # (docs,) int64, position of each document's BOS, its first input
+    predictions: np.ndarray  # (docs,) int64, number of targets, >= 1, with the next BOS
+    beyond_limit: int = 0  # targets dropped by MAX_VAL_DOCS
 
 
 def split_documents(
@@ -917,11 +918,11 @@ def split_documents(
 
 
 # ==== Model =======================================================================================
-# The record's transformer, the low-rank adapters that it can be run with, and its KV cache.
+# The record's transformer, its optional LoRA adapters and its KV cache.
 
 
 class Role(NamedTuple):
-    """How a parameter is trained: the optimizer's name, and the setting that is its rate."""
+    """How a parameter is trained: its optimizer and its learning-rate setting."""
 
     optimizer: str  # "muon" or "adam"
     rate: str  # a field of `Config`
@@ -932,14 +933,14 @@ SCALAR = Role("adam", "scalar_lr")
 
 
 def parameter(values: Tensor, role: Role = SCALAR) -> nn.Parameter:
-    """A parameter that knows how it is trained; by default a vector or a gain."""
+    """A parameter tagged with its `Role`; by default Adam at SCALAR_LR."""
     created = nn.Parameter(values)
     created.role = role
     return created
 
 
 class LoRA(NamedTuple):
-    """A low-rank correction of one projection for each row of a batch: adds x A^T B^T.
+    """A low-rank update of one projection, one per batch row: adds x A^T B^T.
 
     Source: https://arxiv.org/abs/2106.09685.
     """
@@ -949,7 +950,7 @@ class LoRA(NamedTuple):
 
 
 class BlockLoRA(NamedTuple):
-    """The corrections of the projections of one block; None leaves a projection as it is."""
+    """The updates of one block's projections; None: that projection has none."""
 
     c_q: LoRA | None = None
     c_k: LoRA | None = None
@@ -960,7 +961,7 @@ class BlockLoRA(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """The corrections of a whole model, one `BlockLoRA` for each block; by default none."""
+    """The updates of a whole model, one `BlockLoRA` per block; by default none."""
 
     blocks: Sequence[BlockLoRA] = (BlockLoRA(),) * MAX_LAYERS
     lm_head: LoRA | None = None
@@ -970,7 +971,7 @@ NO_ADAPTERS = Adapters()
 
 
 def project(x: Tensor, weight: Tensor, lora: LoRA | None = None) -> Tensor:
-    """x W^T, corrected row by row: (B, T, in) -> (B, T, out), all in the dtype of x."""
+    """x W^T plus each row's LoRA: (B, T, in) -> (B, T, out), all in the dtype of x."""
     out = F.linear(x, weight.to(x.dtype))
     if lora is None:
         return out
@@ -992,11 +993,11 @@ class Linear(nn.Linear):
 
 
 class TiedHead(nn.Module):
-    """A head whose weights are those of the embedding, and appear there only."""
+    """Output head tied to the embedding, which owns the weight."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
-        self.embedding = (embedding,)  # in a tuple, lest the state dict hold it twice
+        self.embedding = (embedding,)  # a tuple hides it from the state dict
 
     @property
     def weight(self) -> nn.Parameter:
@@ -1026,8 +1027,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # On CPUs plain products beat the flash kernel, and the mask saves half of them when blocks of
-    # queries see the keys up to their own end (records/NOTES.md).
+    # On CPUs plain matmuls beat the flash kernel. Blocks of queries see only the keys up to their own
+    # end, which saves about half the work (records/NOTES.md).
     batch, kv_heads, length, dim = k.shape
     share = q.size(1) // kv_heads  # query heads that use the same keys
     q = (q * dim**-0.5).reshape(batch * kv_heads, share, length, dim)
@@ -1056,18 +1057,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class KVCache:
-    """Keys and values of the last W tokens of the documents side by side, for every layer.
+    """Keys and values of each row's last W tokens, for every layer.
 
-    They stay as they were when their chunk was scored. A stream of chunks that learns nothing
-    equals one pass over each document under a banded mask: text older than W still reaches a
-    token through the layers. Source: Transformer-XL, https://arxiv.org/abs/1901.02860.
+    Entries are never recomputed. Without learning, scoring in chunks equals one pass per document
+    under a banded mask: text older than W still reaches a token through the layers. Source:
+    Transformer-XL, https://arxiv.org/abs/1901.02860.
     """
 
     rows: int
     window: int  # W
     chunk: int  # C
     rt: Runtime
-    now: int = 0  # tokens since the evaluation began; positions count those of the document
+    now: int = 0  # time in tokens; `positions` restart with each document
 
     def __post_init__(self):
         self.began = torch.zeros(self.rows, dtype=torch.int64, device=self.rt.device)
@@ -1129,7 +1130,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: Tensor, lora: BlockLoRA, cache: KVCache | None, layer: int
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D), in the dtype of x; `layer` is the place in the cache."""
+        """(B, T, D) -> (B, T, D), in the dtype of x; `layer` indexes the cache."""
         q = self.split_heads(self.c_q(x, lora.c_q))
         k = self.split_heads(self.c_k(x, lora.c_k))
         v = self.split_heads(self.c_v(x, lora.c_v))
@@ -1194,10 +1195,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The record's transformer: skips from its first half to its second, a soft-capped head.
 
-    Precision is written out, since autocast's lists differ between CPU and CUDA. The residual
-    stream, matrix products and attention are in `dtype`: a bf16 stream agrees with the published
-    code where that could be run (records/NOTES.md) and moves half the bytes of the fp32 stream
-    that autocast gives on CUDA. Query and key norms, rotation, softcap and losses are in fp32.
+    No autocast: its op lists differ between CPU and CUDA. The residual stream, matrix products and
+    attention are in `dtype`: a bf16 stream matches the published code where we could run it
+    (records/NOTES.md) and moves half the bytes of autocast's fp32 stream on CUDA. Query and key
+    norms, rotation, softcap and losses are in fp32.
     """
 
     def __init__(self, cfg: Config, dtype: torch.dtype):
@@ -1236,11 +1237,11 @@ class GPT(nn.Module):
         adapters: Adapters = NO_ADAPTERS,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Cross-entropy of each target (B, S) in nats, never reduced: (B, S) fp32.
+        """Cross-entropy per target in nats, unreduced: targets (B, S) -> (B, S) fp32.
 
         Without targets, the soft-capped logits of the next token: (B, S, V) fp32. ids (B, T); `at`
-        (B, S) picks the positions that reach the head, None: all, S = T. With a cache the rows go
-        on where it ends.
+        (B, S) picks the positions that reach the head, None: all, S = T. With a cache, `ids`
+        continue it.
         """
         rope = self.rope_table[:, : ids.size(1)]
         if cache is not None:
@@ -1269,9 +1270,9 @@ def build_model(cfg: Config, dtype: torch.dtype) -> GPT:
 
     Raises `UserError` if no artifact within ARTIFACT_BUDGET could hold it.
     """
-    with torch.device("meta"):  # where parameters have shapes but take no memory
+    with torch.device("meta"):  # shapes only, no memory
         count = sum(p.numel() for p in GPT(cfg, dtype).parameters())
-    # Half a bit for each parameter.
+    # At least half a bit per parameter, except for small budgets.
     most = min(1e9, max(6e7, 15 * cfg.artifact_budget))
     require(
         count <= most,
@@ -1284,7 +1285,7 @@ def build_model(cfg: Config, dtype: torch.dtype) -> GPT:
 
 
 def frozen(model: GPT) -> GPT:
-    """A copy for evaluation: no parameter learns, matrices are in the compute dtype already."""
+    """A copy for evaluation: no gradients, matrices already in the compute dtype."""
     copied = copy.deepcopy(model).requires_grad_(False)
     for module in copied.modules():
         if isinstance(module, (Linear, nn.Embedding)):
@@ -1299,7 +1300,7 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix in `x` (K, rows, cols) towards 1.
 
     Quintic Newton-Schulz iterations, whose coefficients trade exactness for speed: singular values
-    end between about 0.7 and 1.2. Source, of Muon as a whole too: K. Jordan et al., 2024,
+    end between about 0.7 and 1.2. Source, also for Muon: K. Jordan et al., 2024,
     https://kellerjordan.github.io/posts/muon/.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -1316,11 +1317,11 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz: for matrices inside the blocks alone.
+    """Momentum, orthogonalized by Newton-Schulz: for the matrices in the blocks only.
 
     p -= lr * sqrt(max(1, rows / cols)) * orthogonalize(Nesterov momentum). Every rank keeps the
-    momentum of all matrices, orthogonalises its share of them, and gets the other updates, bf16,
-    by one all-reduce of a flat buffer that is zero wherever another rank fills it in.
+    momentum of all matrices, orthogonalizes its share of them, and shares its bf16 updates by
+    all-reducing one flat buffer, which is zero outside its share.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime):
@@ -1330,7 +1331,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One step on all matrices, from gradients that are the same on every rank."""
+        """One step on all matrices, from gradients already averaged over ranks."""
         group = self.param_groups[0]
         params = group["params"]
         grads = [p.grad for p in params]
@@ -1346,7 +1347,7 @@ class Muon(torch.optim.Optimizer):
         updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
         mine = range(self.rt.rank, len(params), self.rt.world)
         for same in group_by_shape(params, mine):
-            # In the compute dtype: CPUs without bf16 take a hundred times as long for it.
+            # In the compute dtype: bf16 is about 100x slower on CPUs without it.
             batch = torch.stack([nesterov[i] for i in same]).to(self.rt.dtype)
             rows, cols = params[same[0]].shape
             batch = orthogonalize(batch, self.steps) * max(1.0, rows / cols) ** 0.5
@@ -1356,7 +1357,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def group_by_shape(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[list[int]]:
-    """The indices of tensors of equal shape, group by group."""
+    """`indices` grouped by the shape of their tensors."""
     groups = {}
     for i in indices:
         groups.setdefault(tuple(tensors[i].shape), []).append(i)
@@ -1390,7 +1391,7 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
     remaining = cfg.iterations - step
     warmdown = cfg.warmdown_iters
     if cfg.max_wallclock_seconds:
-        # In milliseconds: as many steps before the cap, at the mean pace so far.
+        # Both in milliseconds: WARMDOWN_ITERS steps at the mean pace so far.
         remaining = 1000 * cfg.max_wallclock_seconds - elapsed_ms
         warmdown = cfg.warmdown_iters * elapsed_ms / max(step, 1)
     scale = min(1.0, max(0.0, remaining / warmdown)) if warmdown else 1.0
@@ -2193,14 +2194,14 @@ def load_model(path: str | Path, cfg: Config) -> GPT:
 
 
 # ==== Audits ======================================================================================
-# What makes a score worth believing. `check_coverage` is the third audit.
+# Checks that a score is valid. The third audit is `check_coverage`.
 
 
 def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceProcessor) -> str:
-    """Hold the bytes of up to 256 documents, evenly spread, against their decoded text.
+    """Compare the byte counts of up to 256 evenly spaced documents with their decoded text.
 
-    What is expected comes from the tokenizer, nothing from the table. Returns what was compared;
-    `UserError` names the piece that miscounts.
+    Expected counts come from the tokenizer alone, not from the table. Returns the totals;
+    `UserError` names the miscounted pieces.
     """
     ids = list(range(tokenizer.vocab_size()))
     silent = np.array(tokenizer.is_control(ids)) | np.array(tokenizer.is_unknown(ids))
@@ -2211,9 +2212,9 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     anchor = next((i for i in plain if tokenizer.decode([i]).strip()), letter)
 
     def count_bytes(pieces: np.ndarray) -> int:
-        # Bytes are not always UTF-8: a letter stands for each of them.
+        # Byte pieces may be invalid UTF-8: replace each by a letter.
         pieces = np.where(is_byte[pieces], letter, pieces)
-        # Behind an anchor, since the decoder drops a space at the start of a text.
+        # Prepend an anchor: the decoder drops a leading space.
         text = tokenizer.decode([anchor, *pieces.tolist()])
         return len(text.removeprefix(tokenizer.decode([anchor])).encode())
 
@@ -2223,9 +2224,9 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     spelled = 0
     for begin, count in zip(docs.starts[picks], docs.predictions[picks], strict=True):
         end = begin + count
-        pieces = docs.tokens[begin : end + 1].cpu().numpy()  # the first, BOS, is no target
+        pieces = docs.tokens[begin : end + 1].cpu().numpy()  # BOS first, not a target
         spelled += count_bytes(pieces[~silent[pieces]])
-        # A space that opens a document or follows a control piece is no text.
+        # A space right after BOS or a control piece is not text.
         spelled -= int((opens[pieces[1:]] & silent[pieces[:-1]] & ~silent[pieces[1:]]).sum())
         counted += int(docs.bytes[begin:end].sum())
         if counted != spelled:
@@ -2245,12 +2246,12 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
 def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> str:
     """Score three documents twice, the second time with later tokens and another document changed.
 
-    In the second pass one document is random, the others are random after a cut. What precedes a
-    cut must score the same to the last bit (on GPUs, within `Runtime.score_noise`); else a score
-    saw a later token or another document, and `UserError` is raised. The first document, two chunks
-    longer than a window, has the random one beside it; the third, of two chunks, meets what both
-    left behind. Cuts fall inside the last chunk that is learned from, so that learning before
-    scoring shows (unless chunks are single tokens). Returns what this rank compared by itself.
+    In the second pass document 2 is random; documents 1 and 3 are random after a cut. Scores before
+    a cut must be bitwise equal (on GPUs, within `Runtime.score_noise`), else `UserError`: a score
+    saw a later token or another document. Document 1, two chunks longer than a window, shares its
+    batch with document 2. Document 3, two chunks long, follows them and would see leftover state.
+    Cuts fall inside the last chunk that is learned from, to catch learning before scoring (unless
+    chunks are single tokens). Returns this rank's counts.
     """
     longest = np.argsort(-docs.predictions, kind="stable")[:3]
     picks = np.resize(longest, 3)
@@ -2263,7 +2264,7 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     tokens = docs.tokens[rt.upload(places)]
     kept = np.zeros(len(places), dtype=bool)
     for start, n in ((starts[0], predictions[0]), (starts[2], predictions[2])):
-        lesson = (n - 1) // how.chunk - 1  # the last chunk that is learned from, if any
+        lesson = (n - 1) // how.chunk - 1  # the last chunk that is learned from; -1: none
         cut = lesson * how.chunk + (how.chunk + 1) // 2 if lesson >= 0 else n // 2
         kept[start : start + cut + 1] = True
     noise = np.random.default_rng(0).integers(model.cfg.vocab_size, size=len(places))
@@ -2278,7 +2279,7 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
         scores.append(losses[compared])
     moved = (scores[0] - scores[1]).abs().max().item() if len(scores[0]) else 0.0
     require(
-        moved <= rt.score_noise,  # nan, too, is refused
+        moved <= rt.score_noise,  # nan fails, too
         f"audit causality: later tokens or other documents moved scores by up to {moved:g} nats, not"
         " 0: it leaks, its score is void",
     )
@@ -2290,10 +2291,10 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
 
 @dataclass
 class Trainer:
-    """What changes while training: weights, optimizers, place in the tokens, step and time.
+    """The state of training: weights, optimizers, stream position, step and time.
 
-    It is the same on every rank. A checkpoint holds all of it, and `identity`: the settings and
-    hashes that a training must share to go on from it.
+    It is identical on every rank. A checkpoint holds all of it, and `identity`: the settings and
+    hashes that must match when a run is resumed.
     """
 
     model: GPT
@@ -2303,27 +2304,27 @@ class Trainer:
     hashes: dict
     step: int = 0
     elapsed_ms: float = 0.0
-    mark: float = 0.0  # when the clock was last read, seconds
-    stop_signal: int = 0  # what any rank has heard; 0: nothing
+    mark: float = 0.0  # the clock at the last tick, seconds
+    stop_signal: int = 0  # a signal that any rank got; 0: none
 
     def __post_init__(self):
         self.cfg = self.model.cfg
         self.forward = self.model
-        # A model of one layer has an empty parameter, which never gets a gradient.
+        # Skip empty parameters (a model of one layer has one): they get no gradient.
         self.params = {name: p for name, p in self.model.named_parameters() if p.numel()}
         self.optimizers = build_optimizers(self.model, self.rt)
-        # For how many steps in a row, from the first, each gradient and weight has been finite.
+        # Per gradient and weight: the steps before its first value that is not finite.
         count = 2 * len(self.params)
         self.finite_steps = torch.zeros(count, dtype=torch.int64, device=self.rt.device)
         names = [f.name for f in fields(self.cfg) if f.metadata["decides"]]
         self.identity = {name.upper(): spell(getattr(self.cfg, name)) for name in names}
-        # The ranks share the micro-steps.
+        # Over all ranks, which share them.
         self.identity["MICRO_STEPS"] = str(self.rt.world * self.cfg.grad_accum_steps)
         self.identity["DTYPE"] = str(self.rt.dtype)
         self.identity |= self.hashes
 
     def state(self) -> dict:
-        """All that training changes. The tensors are the live ones."""
+        """Everything that training changes. Tensors are not copied."""
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -2334,7 +2335,7 @@ class Trainer:
         }
 
     def load(self, state: dict):
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -2346,13 +2347,13 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """The share of ITERATIONS or MAX_WALLCLOCK_SECONDS that is used up, of the scarcer one."""
+        """The fraction used of ITERATIONS or MAX_WALLCLOCK_SECONDS, the larger of the two."""
         cap_ms = 1000 * (self.cfg.max_wallclock_seconds or math.inf)
         steps = self.step / self.cfg.iterations if self.cfg.iterations else 1.0
         return max(steps, self.elapsed_ms / cap_ms)
 
     def train_step(self) -> Tensor:
-        """One step over TRAIN_BATCH_TOKENS. Returns this rank's mean loss, () fp32, on the device."""
+        """One optimizer step on TRAIN_BATCH_TOKENS. Returns this rank's mean loss, () fp32."""
         cfg = self.cfg
         total = torch.zeros((), device=self.rt.device)
         for _ in range(cfg.grad_accum_steps):
@@ -2361,7 +2362,9 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         params = list(self.params.values())
-        self.rt.average([p.grad for p in params])
+        grads = [p.grad for p in params]
+        self.rt.average(grads)
+        norms = list(torch._foreach_norm(grads))  # before clipping, which spreads a nan
         if cfg.grad_clip_norm:
             nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm)
         scale, momentum = schedule(self.step, self.elapsed_ms, cfg)
@@ -2371,7 +2374,7 @@ class Trainer:
                 if "momentum" in group:
                     group["momentum"] = momentum
             optimizer.step()
-        norms = torch._foreach_norm([p.grad for p in params] + params)
+        norms += torch._foreach_norm(params)
         is_finite = torch.stack([norm.float() for norm in norms]).isfinite()
         self.finite_steps += is_finite & (self.finite_steps == self.step)
         self.model.zero_grad(set_to_none=True)
@@ -2379,7 +2382,7 @@ class Trainer:
         return total
 
     def check_finite(self):
-        """`UserError` names the first gradient or weight that was not finite, if there is one."""
+        """Raise `UserError` naming the first gradient or weight that was not finite, if any."""
         steps = int(self.finite_steps.min())
         if steps < self.step:
             index = int(self.finite_steps.argmin())
@@ -2391,12 +2394,12 @@ class Trainer:
             )
 
     def compile_forward(self):
-        """Compile the model's forward if COMPILE says so and every rank manages.
+        """Compile the model's forward if COMPILE allows it and every rank succeeds.
 
-        Evaluations run eager code, so that no score depends on a compiler.
+        Evaluation is always eager: no score depends on the compiler.
         """
         cfg = self.cfg
-        # On two cores compiling takes a minute and then saves a quarter of every step.
+        # On two CPU cores compiling takes a minute and saves 15 to 25 % of each step.
         seconds = cfg.max_wallclock_seconds or math.inf
         pays = self.rt.device.type == "cuda" or (seconds >= 120 and cfg.iterations >= 200)
         if cfg.compile == "0" or (cfg.compile == "auto" and not pays):
@@ -2409,7 +2412,7 @@ class Trainer:
             self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
             ids, targets = self.stream.next_batch(cfg, self.rt)
             self.forward(ids, targets).mean().backward()
-        except Exception as error:  # no C++ compiler, an unsupported operator: eager is slower
+        except Exception as error:  # e.g. no C++ compiler: eager is only slower
             failure = f"{error!r:.160}"
         self.stream.position = position
         self.model.zero_grad(set_to_none=True)
@@ -2421,14 +2424,14 @@ class Trainer:
         self.log.line(outcome)
 
     def warm_up(self):
-        """WARMUP_STEPS real steps, which prime allocators and kernels; then all is undone."""
+        """Run WARMUP_STEPS real steps, which prime allocators and kernels, then undo them."""
         start = copy.deepcopy(self.state())
         for _ in range(self.cfg.warmup_steps):
             self.train_step()
         self.load(start)
 
     def save(self):
-        """Rank 0 writes a checkpoint and keeps the last two of this run."""
+        """Rank 0 writes a checkpoint and keeps the last two of the run."""
         self.check_finite()
         if self.rt.rank:
             return
@@ -2439,7 +2442,7 @@ class Trainer:
         except OSError as error:
             if self.stop_signal:
                 raise
-            self.log.line(f"warning: the run goes on without this checkpoint: {error}")
+            self.log.line(f"warning: checkpoint not written, the run goes on: {error}")
             return
         others = [old for old in find_checkpoints(self.cfg, run_id) if old != path]
         for old in others[1:]:
@@ -2447,7 +2450,7 @@ class Trainer:
                 old.unlink()
 
     def resume(self):
-        """Go on from where RESUME says, if there is a checkpoint. `UserError` if it is refused."""
+        """Load the checkpoint that RESUME names, if any. `UserError` if it does not match."""
         state = self.rt.from_rank0(self.read_checkpoint)
         if state is None:
             self.log.line("resume: found no checkpoint; starting anew")
@@ -2459,7 +2462,7 @@ class Trainer:
         self.log.line(f"resume:{path} step:{self.step}/{self.cfg.iterations} {time}")
 
     def read_checkpoint(self) -> dict | None:
-        """The state in the checkpoint that RESUME names; `auto` passes over damaged ones."""
+        """The state in the checkpoint that RESUME names; `auto` skips damaged ones."""
         auto = self.cfg.resume == "auto"
         paths = [Path(self.cfg.resume)]
         if auto:
@@ -2485,7 +2488,7 @@ class Trainer:
         return None
 
     def tick(self, now: float):
-        """Count the time since the last tick as training time, by rank 0's clock on every rank."""
+        """Add the time since the last tick, by rank 0's clock; share any signal."""
         elapsed = self.elapsed_ms + 1000 * (now - self.mark)
         mine = elapsed if self.rt.rank == 0 else 0.0
         self.elapsed_ms, number = self.rt.maximum(mine, self.rt.signals.number)
@@ -2493,7 +2496,7 @@ class Trainer:
         self.mark = now
 
     def report(self, what: str):
-        """Log `what` with step and time, in the form that tools read, if all is still finite."""
+        """Check that all is finite, then log `what`, step and time as tools expect."""
         self.check_finite()
         self.log.line(
             f"step:{self.step}/{self.cfg.iterations} {what} train_time:{self.elapsed_ms:.0f}ms"
@@ -2502,10 +2505,10 @@ class Trainer:
 
 
 def train(trainer: Trainer, validate: Callable):
-    """Train until the budget is used up, validating on the way, outside the clock.
+    """Train until the budget is used up. Validation is not counted.
 
-    Writes a checkpoint at the end. A signal is heard after a step, by all ranks after the same one:
-    they write a checkpoint and raise `Stopped`.
+    Ends with a checkpoint. After a signal all ranks stop after the same step: rank 0 writes a
+    checkpoint, then all raise `Stopped`.
     """
     cfg = trainer.cfg
     rt = trainer.rt
@@ -2517,13 +2520,15 @@ def train(trainer: Trainer, validate: Callable):
         while trainer.progress < 1 and not trainer.stop_signal:
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 trainer.tick(rt.seconds())
+                if trainer.stop_signal:
+                    break
                 trainer.check_finite()  # before a long evaluation
                 trainer.report(str(validate()))
                 trainer.mark = rt.seconds()
             loss = trainer.train_step()
             trainer.tick(rt.seconds(wait=False))
             if trainer.step % 10 == 0:
-                trainer.check_finite()  # not more often, since it waits for the device
+                trainer.check_finite()  # rarely, since it waits for the device
             is_due = trainer.step <= 10 or trainer.step % max(cfg.train_log_every, 1) == 0
             if cfg.train_log_every and is_due:
                 mean = rt.sum(loss).item() / rt.world
@@ -2543,7 +2548,7 @@ def train(trainer: Trainer, validate: Callable):
 
 
 # ==== Main ========================================================================================
-# The order of events.
+# A run, in order.
 
 
 class Inputs(NamedTuple):
@@ -2552,11 +2557,11 @@ class Inputs(NamedTuple):
     model: GPT
     stream: TokenStream  # empty if nothing is trained
     docs: Documents
-    hashes: dict  # SHA-256 of the tokenizer and of the shards that this rank has read
+    hashes: dict  # SHA-256 of the tokenizer and of this rank's shards
 
 
 def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
-    """Read and check every file. `UserError` names the first that cannot be used."""
+    """Read and check every input file. `UserError` names the first bad one."""
     model = load_model(cfg.model_path, cfg) if cfg.model_path else build_model(cfg, rt.dtype)
     vocab_size = model.cfg.vocab_size
     train_shards = [] if cfg.eval_only else open_shards(cfg.data_path, "train")
@@ -2564,12 +2569,12 @@ def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
     tokenizer = load_tokenizer(cfg.tokenizer_path, vocab_size)
     hashes = {"tokenizer": sha256(read_file(Path(cfg.tokenizer_path))).hexdigest()}
     log.line(f"sha256 tokenizer:{hashes['tokenizer']}")
-    for shard in (*val_shards, *train_shards[rt.rank :: rt.world]):  # ranks share the reading
+    for shard in (*val_shards, *train_shards[rt.rank :: rt.world]):  # split over the ranks
         path = Path(shard.filename)
         top = int(shard.max())
         require(
             top < vocab_size,
-            f"{path}: token id {top}, expected ids up to {vocab_size - 1}; take its own tokenizer",
+            f"{path}: token id {top}, expected at most {vocab_size - 1}; use its own tokenizer",
         )
         hashes[path.name] = sha256(path.read_bytes()).hexdigest()
         if "_val_" in path.name:
@@ -2600,7 +2605,7 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
             trainer.resume()
         train(trainer, lambda: evaluate(model, docs, flat, rt))
     if trainer or log.artifact.suffix != ".ptz":
-        # Before any long evaluation: a finished training is never lost.
+        # Before any long evaluation, which must not lose a trained model.
         with rt.signals.deferred():
             log.artifact = rt.from_rank0(lambda: export(model, log))
     if trainer:
@@ -2646,7 +2651,7 @@ def report_condition(
     docs: Documents,
     log: RunLog,
 ):
-    """Log what was scored and the score, for people, for old tools and as JSON for new ones."""
+    """Log coverage and score: for people, in the old tools' format, and as JSON."""
     before = int(docs.starts[0]) if how.isolated else 0
     targets = len(docs.tokens) - 1
     log.line(
@@ -2680,7 +2685,7 @@ def report_condition(
 
 
 def write_scores(path: Path, scores: dict, log: RunLog):
-    """Write the columns of every score as CSV, from which anyone can add up the printed totals."""
+    """Write all score columns as CSV, enough to recompute the printed totals."""
     lines = [",".join(("condition", *next(iter(scores.values())).columns))]
     for name, score in scores.items():
         for row in zip(*score.columns.values(), strict=True):
@@ -2691,7 +2696,7 @@ def write_scores(path: Path, scores: dict, log: RunLog):
 
 
 def explain_stop(number: int, cfg: Config, log: RunLog) -> str:
-    """What a signal has stopped, and the commands that go on from there."""
+    """The name of the signal and the commands that continue."""
     lines = [f"stopped by {signal.Signals(number).name}"]
     if not cfg.eval_only:
         command = launch_command(os.environ, RESUME="auto", RUN_ID=log.run_id)
@@ -2705,7 +2710,7 @@ def explain_stop(number: int, cfg: Config, log: RunLog) -> str:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """The program. Returns its exit status: 0, 1 for an error, 75 for a signal's stop."""
+    """Run the program. Returns its exit status: 0 done, 1 error, 75 stopped by a signal."""
     log = RunLog()
     rt = None
     status = 0
@@ -2731,9 +2736,9 @@ def main(arguments: Sequence[str] = ()) -> int:
         status = 1
         message = f"error: {error}"
         if rt is None and not is_speaker:
-            time.sleep(30)  # torchrun ends all ranks with the first: rank 0 must be the one
+            time.sleep(30)  # torchrun kills all ranks once one exits: rank 0 goes first
     except Exception as error:
-        # This rank's own trouble: it speaks for itself.
+        # This rank's own error: print it here.
         status = 1
         is_speaker = True
         where = f"rank {rt.rank}: " if rt and rt.world > 1 else ""
@@ -2746,10 +2751,10 @@ def main(arguments: Sequence[str] = ()) -> int:
         log.line(message, console=False, suffix=False)
     if dist.is_initialized() and status != 1:
         dist.destroy_process_group()
-        time.sleep(0.1)  # gloo's threads need the interpreter to drop their last tensors
+        time.sleep(0.1)  # gloo's threads need the interpreter to free their tensors
     return status
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what the imports made lives to the end: no collection need look at it
+    gc.freeze()  # imported objects live to the end: the collector can skip them
     sys.exit(main(sys.argv[1:]))
