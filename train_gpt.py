@@ -56,6 +56,7 @@ import sentencepiece as spm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy import ndarray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -414,18 +415,16 @@ class Signals:
             raise Stopped(self.number)
 
 
-def choose_dtype(cfg: Config) -> tuple[torch.dtype, str]:
-    """(compute dtype, why). DTYPE=auto is bf16 if natively supported, else fp32."""
+def choose_dtype(cfg: Config) -> torch.dtype:
+    """The compute dtype. DTYPE=auto is bf16 if natively supported, else fp32."""
     if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype), "DTYPE"
+        return getattr(torch, cfg.dtype)
     if cfg.device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         found = torch.cpu.get_capabilities()
         native = any(found.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    if native:
-        return torch.bfloat16, f"{cfg.device} has bf16"
-    return torch.float32, f"{cfg.device} has no bf16"
+    return torch.bfloat16 if native else torch.float32
 
 
 def claim_device(cfg: Config, env: Mapping) -> torch.device:
@@ -490,7 +489,7 @@ class Runtime:
         rank = read_count(env, "RANK", 0)
         world = read_count(env, "WORLD_SIZE", 1)
         device = claim_device(cfg, env)
-        dtype, _ = choose_dtype(cfg)
+        dtype = choose_dtype(cfg)
         if rank or "WORLD_SIZE" in env:
             join_ranks(cfg)
         set_up_backends(device, dtype)
@@ -549,7 +548,7 @@ class Runtime:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def upload(self, array: np.ndarray) -> Tensor:
+    def upload(self, array: ndarray) -> Tensor:
         """Copy an array to the device, asynchronously on CUDA."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
@@ -755,10 +754,7 @@ class RunLog:
             f"hardware: {describe_hardware(rt.device)}",
         ]
         self.append("\n".join(lines) + "\n")
-        dtype, why = choose_dtype(cfg)
-        self.line(
-            f"preset:{cfg.preset} device:{rt.device} world_size:{rt.world} dtype:{dtype} ({why})"
-        )
+        self.line(f"preset:{cfg.preset} device:{rt.device} world_size:{rt.world} dtype:{rt.dtype}")
         self.line(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.path}")
         self.line(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
         # Skip one-word names: other programs use them, too.
@@ -789,9 +785,9 @@ def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
 class ByteTable(NamedTuple):
     """UTF-8 bytes per target token. `▁` in a piece is a space."""
 
-    base: np.ndarray  # (V,) int64, bytes without a leading space; byte-fallback pieces: 1
-    leading_space: np.ndarray  # (V,) bool: starts with `▁`, counted only after text
-    is_text: np.ndarray  # (V,) bool; control, unknown and unused pieces stand for 0 bytes
+    base: ndarray  # (V,) int64, bytes without a leading space; byte-fallback pieces: 1
+    leading_space: ndarray  # (V,) bool: starts with `▁`, counted only after text
+    is_text: ndarray  # (V,) bool; control, unknown and unused pieces stand for 0 bytes
 
     @classmethod
     def build(cls, tokenizer: spm.SentencePieceProcessor) -> ByteTable:
@@ -799,9 +795,8 @@ class ByteTable(NamedTuple):
         ids = list(range(tokenizer.vocab_size()))
         pieces = tokenizer.id_to_piece(ids)
         is_byte = np.array(tokenizer.is_byte(ids))
-        is_text = ~np.array(tokenizer.is_control(ids))
-        is_text &= ~np.array(tokenizer.is_unknown(ids))
-        is_text &= ~np.array(tokenizer.is_unused(ids))
+        silent = np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids)
+        is_text = ~(silent | tokenizer.is_unused(ids))
         # Without it, byte fallback spells `▁` as three bytes, and all three would count.
         require(
             is_text[tokenizer.piece_to_id("▁")],
@@ -812,12 +807,12 @@ class ByteTable(NamedTuple):
         spaced = np.array([piece.startswith("▁") for piece in pieces])
         return cls(np.where(is_byte, 1, sizes) * is_text, spaced & is_text & ~is_byte, is_text)
 
-    def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
+    def count(self, previous: ndarray, target: ndarray) -> ndarray:
         """Bytes of each `target`, given the token before: ids of any shape -> int64."""
         return self.base[target] + (self.leading_space[target] & self.is_text[previous])
 
 
-def open_shard(path: Path) -> np.ndarray:
+def open_shard(path: Path) -> ndarray:
     """The tokens of a shard, memory-mapped: (n,) uint16. `UserError` if its header is wrong."""
     size = path.stat().st_size if path.is_file() else 0
     header = [0, 0, 0]
@@ -833,7 +828,7 @@ def open_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(count,))
 
 
-def open_shards(folder: str, split: str) -> list[np.ndarray]:
+def open_shards(folder: str, split: str) -> list[ndarray]:
     """All shards of the split, "train" or "val", in sorted order. Checks every header."""
     pattern = f"fineweb_{split}_*.bin"
     paths = sorted(Path(folder).glob(pattern))
@@ -848,13 +843,13 @@ def open_shards(folder: str, split: str) -> list[np.ndarray]:
 class TokenStream:
     """All training shards as one endless stream. `position` is its only state."""
 
-    def __init__(self, shards: list[np.ndarray]):
+    def __init__(self, shards: list[ndarray]):
         self.shards = shards
         self.position = 0
         # Where each shard begins; the last entry is the total length.
         self.begins = np.cumsum([0, *map(len, shards)])
 
-    def read(self, start: int, count: int) -> np.ndarray:
+    def read(self, start: int, count: int) -> ndarray:
         """Tokens [start, start + count) of the endless stream: (count,) int64."""
         parts = []
         while count:
@@ -882,13 +877,13 @@ class Documents:
 
     tokens: Tensor  # (n,) int32
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
-    starts: np.ndarray  # (docs,) int64, position of each document's BOS, its first input
-    predictions: np.ndarray  # (docs,) int64, number of targets, >= 1, with the next BOS
+    starts: ndarray  # (docs,) int64, position of each document's BOS, its first input
+    predictions: ndarray  # (docs,) int64, number of targets, >= 1, with the next BOS
     beyond_limit: int = 0  # targets dropped by MAX_VAL_DOCS
 
 
 def split_documents(
-    stream: np.ndarray, bos: int, limit: int, table: ByteTable, device: torch.device
+    stream: ndarray, bos: int, limit: int, table: ByteTable, device: torch.device
 ) -> Documents:
     """Cut the validation stream (n,) at BOS; keep the first `limit` documents, 0: all.
 
@@ -1364,7 +1359,7 @@ def group_by_shape(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[li
     return list(groups.values())
 
 
-def build_optimizers(model: GPT, rt: Runtime) -> tuple[Muon, torch.optim.Adam]:
+def build_optimizers(model: GPT, rt: Runtime):
     """(Muon, Adam) by the `role` of every parameter. Each group remembers its `base_lr`."""
     cfg = model.cfg
     by_role = {}
@@ -1529,7 +1524,7 @@ class Condition:
     isolated: bool = True  # False: rows of fixed length instead of documents
     final: str = ""  # the record's name for this score in a log line of its own
 
-    def spans(self, docs: Documents) -> tuple[np.ndarray, np.ndarray]:
+    def spans(self, docs: Documents) -> tuple[ndarray, ndarray]:
         """(starts, number of predictions) of each document, or of each row of the stream."""
         if self.isolated:
             return docs.starts, docs.predictions
@@ -1577,19 +1572,14 @@ class Chunk(NamedTuple):
     live: Tensor  # (B, S), False for padding
 
 
-def gather_chunk(
-    tokens: Tensor,
-    starts: np.ndarray,
-    places: np.ndarray,
-    ends: np.ndarray,
-    length: int,
-    how: Condition,
-    rt: Runtime,
-) -> Chunk:
-    """Predictions [places, ends) of the documents at `starts`, padded to `length` inputs.
+def gather_chunk(tokens: Tensor, spans: ndarray, length: int, how: Condition, rt: Runtime) -> Chunk:
+    """The chunk of each row in a batch, padded to `length` inputs.
 
-    A window ends where its chunk ends. Under `stream` the inputs are the chunk alone.
+    spans (3, B): where the document starts in the stream, where in the document the chunk's
+    predictions begin and where they end. A window ends where its chunk ends; under `stream` the
+    inputs are the chunk alone.
     """
+    starts, places, ends = spans
     begins = places if how.stream else np.maximum(ends - how.window, 0)
     columns = rt.upload(np.stack((starts, begins, places, ends)))
     start, begin, place, end = columns[:, :, None]
@@ -1635,7 +1625,7 @@ def score_then_learn(
     return losses.detach()
 
 
-def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
+def share_documents(work: ndarray, count: int) -> list[ndarray]:
     """Split documents among `count` ranks or slots: longest first, to the least loaded."""
     loads = np.zeros(count, dtype=np.int64)
     shares = [[] for _ in range(count)]
@@ -1646,9 +1636,7 @@ def share_documents(work: np.ndarray, count: int) -> list[np.ndarray]:
     return [np.array(share, dtype=np.int64) for share in shares]
 
 
-def plan_slots(
-    documents: np.ndarray, chunks: np.ndarray, slots: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def plan_slots(documents: ndarray, chunks: ndarray, slots: int) -> Iterator[tuple]:
     """For each turn, the documents in the busy slots and the numbers of their chunks.
 
     Slots are balanced in advance, so that all finish at about the same time. The fullest slots come
@@ -1671,12 +1659,12 @@ LENGTHS = np.unique(np.floor(1.05 ** np.arange(250)).astype(np.int64))
 class Group(NamedTuple):
     """Rows that share a forward pass."""
 
-    rows: np.ndarray
+    rows: ndarray
     length: int  # of the padded windows
     learns: bool
 
 
-def group_rows(ends: np.ndarray, predictions: np.ndarray, how: Condition) -> list[Group]:
+def group_rows(ends: ndarray, predictions: ndarray, how: Condition) -> list[Group]:
     """Group a turn's rows by `(length, learns)`; ends (B,) are chunk ends.
 
     Rounding depends on the length, so the length never depends on other documents. A document's
@@ -1721,9 +1709,9 @@ def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
                     owned.restart(fresh)
             places = numbers * how.chunk
             ends = np.minimum(places + how.chunk, predictions[documents])
+            spans = np.stack((starts[documents], places, ends))
             for rows, length, learns in group_rows(ends, predictions[documents], how):
-                begins = starts[documents[rows]]
-                chunk = gather_chunk(docs.tokens, begins, places[rows], ends[rows], length, how, rt)
+                chunk = gather_chunk(docs.tokens, spans[:, rows], length, how, rt)
                 is_full = len(rows) == len(documents)
                 used = slice(len(rows)) if is_full else rt.upload(rows)
                 losses = score_then_learn(model, chunk, used, adapters, cache, learns)
@@ -1738,7 +1726,7 @@ class Score:
     """Cross-entropy of the scored tokens; a table with one row per piece of a document."""
 
     # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
-    columns: dict[str, np.ndarray]
+    columns: dict[str, ndarray]
 
     def __post_init__(self):
         self.nats = math.fsum(self.columns["loss_nats"])  # the same for any order of the pieces
@@ -1751,7 +1739,7 @@ class Score:
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
 
-def check_coverage(losses: np.ndarray, times: np.ndarray, docs: Documents, how: Condition):
+def check_coverage(losses: ndarray, times: ndarray, docs: Documents, how: Condition):
     """The audit of coverage: `UserError` unless `how` scored each position it covers exactly once.
 
     No other position may have been scored, and every loss must be finite.
@@ -1770,7 +1758,7 @@ def check_coverage(losses: np.ndarray, times: np.ndarray, docs: Documents, how: 
     require(scored, "audit coverage: the scored tokens hold 0 bytes of text; check the tokenizer")
 
 
-def tabulate(losses: np.ndarray, times: np.ndarray, docs: Documents, size: int) -> Score:
+def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Score:
     """Sum losses (n - 1,) over pieces of `size` positions, the same for every condition.
 
     Tokens before the first BOS count as document -1.
@@ -2183,7 +2171,7 @@ def load_model(path: str | Path, cfg: Config) -> GPT:
     path = Path(path)
     state = read_weights(path)
     cfg = infer_shape(state, cfg, path)
-    dtype, _ = choose_dtype(cfg)
+    dtype = choose_dtype(cfg)
     # Shapes are compared first: a few hundred bytes can claim to be of any size.
     with refusing(path, "a model of a possible size"), torch.device("meta"):
         expected = GPT(cfg, dtype).state_dict()
@@ -2204,14 +2192,14 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     `UserError` names the miscounted pieces.
     """
     ids = list(range(tokenizer.vocab_size()))
-    silent = np.array(tokenizer.is_control(ids)) | np.array(tokenizer.is_unknown(ids))
-    silent |= np.array(tokenizer.is_unused(ids))
+    silent = np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids)
+    silent |= tokenizer.is_unused(ids)
     is_byte = np.array(tokenizer.is_byte(ids))
     plain = np.flatnonzero(~silent & ~is_byte).tolist()
     letter = tokenizer.piece_to_id("<0x41>")
     anchor = next((i for i in plain if tokenizer.decode([i]).strip()), letter)
 
-    def count_bytes(pieces: np.ndarray) -> int:
+    def count_bytes(pieces: ndarray) -> int:
         # Byte pieces may be invalid UTF-8: replace each by a letter.
         pieces = np.where(is_byte[pieces], letter, pieces)
         # Prepend an anchor: the decoder drops a leading space.
@@ -2715,38 +2703,39 @@ def main(arguments: Sequence[str] = ()) -> int:
     rt = None
     status = 0
     message = ""
-    is_speaker = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
     try:
-        require(
-            not arguments,
-            f"command line: found {' '.join(arguments)!r:.80}, expected nothing; settings are"
-            " environment variables: ITERATIONS=500 python train_gpt.py",
-        )
-        cfg = read_config(os.environ)
-        rt = Runtime.create(cfg, os.environ)
-        rt.signals.install()
-        log.rank = rt.rank
-        log.run_id = rt.from_rank0(lambda: choose_run_id(cfg))
-        rt.from_rank0(lambda: log.open(cfg, rt, os.environ))
-        run(cfg, rt, log)
+        try:
+            require(
+                not arguments,
+                f"command line: found {' '.join(arguments)!r:.80}, expected nothing; settings are"
+                " environment variables: ITERATIONS=500 python train_gpt.py",
+            )
+            cfg = read_config(os.environ)
+            rt = Runtime.create(cfg, os.environ)
+            rt.signals.install()
+            log.rank = rt.rank
+            log.run_id = rt.from_rank0(lambda: choose_run_id(cfg))
+            rt.from_rank0(lambda: log.open(cfg, rt, os.environ))
+            run(cfg, rt, log)
+        except UserError as error:
+            status = 1
+            if rt is None and os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(30)  # torchrun kills all ranks once one exits: rank 0 goes first
+            elif log.rank == 0:
+                message = f"error: {error}"
+        except Exception as error:
+            # This rank's own error: print it here.
+            status = 1
+            where = f"rank {rt.rank}: " if rt and rt.world > 1 else ""
+            text = str(error) if isinstance(error, OSError) else f"{error!r:.300}"
+            message = f"error: {where}{UserError(text)}"
+            if not isinstance(error, OSError):
+                traceback.print_exc()
     except Stopped as stopped:
+        # Perhaps during an `except` above: a collective fails when another rank has stopped.
         status = 75
-        message = explain_stop(stopped.args[0], cfg, log)
-    except UserError as error:
-        status = 1
-        message = f"error: {error}"
-        if rt is None and not is_speaker:
-            time.sleep(30)  # torchrun kills all ranks once one exits: rank 0 goes first
-    except Exception as error:
-        # This rank's own error: print it here.
-        status = 1
-        is_speaker = True
-        where = f"rank {rt.rank}: " if rt and rt.world > 1 else ""
-        text = str(error) if isinstance(error, OSError) else f"{error!r:.300}"
-        message = f"error: {where}{UserError(text)}"
-        if not isinstance(error, OSError):
-            traceback.print_exc()
-    if message and is_speaker:
+        message = explain_stop(stopped.args[0], cfg, log) if rt.rank == 0 else ""
+    if message:
         print(message, file=sys.stderr, flush=True)
         log.line(message, console=False, suffix=False)
     if dist.is_initialized() and status != 1:

@@ -393,7 +393,7 @@ def count_wire(rank: int, world: int, cfg: tg.Config, steps: int, folder: str):
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    dtype, _ = tg.choose_dtype(cfg)
+    dtype = tg.choose_dtype(cfg)
     rt = tg.Runtime(torch.device("cpu"), dtype, rank, world)
     rows = []
     for name, make in (("plain", partial(PlainLoop, ns_dtype=dtype)), ("ours", make_trainer)):

@@ -205,7 +205,7 @@ def read_log(path: Path) -> RunLog:
     check_finished(last)
     check_same_run(attempts)
     config = read_config(last)
-    where = last.parse_one("preset:", r"(\w+) device:(\S+) world_size:(\d+) dtype:(\S+) \(.*\)")
+    where = last.parse_one("preset:", r"(\w+) device:(\S+) world_size:(\d+) dtype:(\S+)")
     preset, device = where[1], where[2]
     results = read_results(last, config["EVAL"].split(","))
     check_audits(last, results)

@@ -26,7 +26,7 @@ def artifact():
         "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"),
     }
     cfg = tg.read_config(env)
-    rt = tg.Runtime(CPU, tg.choose_dtype(cfg)[0])
+    rt = tg.Runtime(CPU, tg.choose_dtype(cfg))
     inputs = tg.load_inputs(cfg, rt, tg.RunLog())
     return inputs.model, inputs.docs, inputs.model.cfg, rt
 

@@ -114,7 +114,7 @@ command: {spell(given)} torchrun --standalone --nproc_per_node=2 train_gpt.py
 config: {spell(config)}
 versions: python:3.11.2 torch:2.13.0+cpu numpy:2.4.6 sentencepiece:0.2.3
 hardware: AMD EPYC, 2 cores, 2 threads
-preset:cpu device:cpu world_size:2 dtype:torch.bfloat16 (processor has avx512_bf16)
+preset:cpu device:cpu world_size:2 dtype:torch.bfloat16
 data:./data/demo tokenizer:./data/demo/tokenizer.model log:x.txt
 sha256 script:{digest(SOURCE.encode())}
 sha256 tokenizer:{"a" * 64}
