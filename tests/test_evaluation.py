@@ -400,7 +400,8 @@ def test_positions_far_out_lose_no_precision(rt, now, began):
     losses = []
     for c in range(18):
         place = np.array([c * C])
-        chunk = tg.gather_chunk(docs.tokens, docs.starts, place, place + C, C, how, rt)
+        spans = np.stack((docs.starts, place, place + C))
+        chunk = tg.gather_chunk(docs.tokens, spans, C, how, rt)
         losses.append(tg.score_then_learn(model, chunk, slice(1), None, cache, False)[0])
         first = now - began + c * C
         assert cache.positions.tolist() == [list(range(first, first + C))]
