@@ -42,6 +42,7 @@ import sys
 import time
 import traceback
 import uuid
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -2110,6 +2111,8 @@ def load_torch(blob: bytes) -> Any:
 
     The remaining risk of a stranger's file is memory: torch may allocate more than the file holds.
     """
+    damaged = zipfile.ZipFile(io.BytesIO(blob)).testzip()  # torch looks at no checksum
+    require(not damaged, f"{damaged} is damaged")
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
 
