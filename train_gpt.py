@@ -705,7 +705,6 @@ class RunLog:
     def open(self, cfg: Config, rt: Runtime, env: Mapping):
         """Claim OUT_DIR and begin the log, or the next attempt in it."""
         self.claim_folder(Path(cfg.out_dir))
-        self.path = Path(cfg.out_dir, "logs", f"{self.run_id}.txt")
         if cfg.max_val_docs:
             self.suffix = " partial"
         attempt = self.begin_attempt(cfg)
@@ -727,20 +726,24 @@ class RunLog:
 
     def begin_attempt(self, cfg: Config) -> int:
         """The number of this attempt; the head of a new log. `UserError` for another run's log."""
-        if not self.path.exists():
+        path = Path(cfg.out_dir, "logs", f"{self.run_id}.txt")
+        if not path.exists():
             rule = "=" * 100
             machine = describe_hardware(torch.device(cfg.device))
             if cfg.device == "cuda":
                 machine += "\n" + run_nvidia_smi()
             versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
-            self.append(f"{source_code()}\n{rule}\n{versions}\n{machine}\n{rule}\n")
+            head = f"{source_code()}\n{rule}\n{versions}\n{machine}\n{rule}\n"
+            write_atomically(path, head.encode())
+            self.path = path
             return 1
         require(
             cfg.resume,
-            f"RUN_ID={self.run_id}: found {self.path}, the log of an earlier run; choose another"
+            f"RUN_ID={self.run_id}: found {path}, the log of an earlier run; choose another"
             " RUN_ID, or go on with RESUME=auto",
         )
-        text = self.path.read_text(encoding="utf-8", errors="replace")
+        self.path = path  # not before: a refusal is written into no other run's log
+        text = path.read_text(encoding="utf-8", errors="replace")
         if not text.endswith("\n"):
             self.append("\n")  # the last attempt died while it wrote a line
         return text.count("\nattempt:") + 1
