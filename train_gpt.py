@@ -442,8 +442,12 @@ def claim_device(cfg: Config, env: Mapping) -> torch.device:
 def join_ranks(cfg: Config):
     """Meet the other ranks. gloo carries what lives on the CPU, so errors never wait for a GPU."""
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
+    timeout = timedelta(seconds=cfg.rank_timeout_seconds)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout_seconds))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # A store of its own for each attempt of torchrun, else it meets the addresses of the dead.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"cannot meet the other ranks ({error!r:.200}); start them with torchrun"
