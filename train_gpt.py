@@ -2728,7 +2728,10 @@ def main(arguments: Sequence[str] = ()) -> int:
         log.rank = rt.rank
         log.run_id = rt.from_rank0(lambda: choose_run_id(cfg))
         rt.from_rank0(lambda: log.open(cfg, rt, os.environ))
-        run(cfg, rt, log)
+        try:
+            run(cfg, rt, log)
+        finally:
+            rt.signals.is_deferred = True  # torchrun signals to all when the first has ended
     except Stopped as stopped:
         status = 75
         message = explain_stop(stopped.args[0], cfg, log)
