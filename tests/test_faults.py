@@ -313,7 +313,7 @@ def trained(base):
 # ---- SIGKILL -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", [1, 2, 3, "test.step000000010", WEIGHTS, ARTIFACT])
+@pytest.mark.parametrize("moment", [2, 3, 10, "test.step000000010", WEIGHTS, ARTIFACT])
 def test_a_run_killed_at_any_moment_can_go_on(tmp_path, base, moment):
     """A seed for a moment between start and end, or a file of which only a part was written."""
     hook = ""
