@@ -43,6 +43,7 @@ import sys
 import time
 import traceback
 import uuid
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -445,8 +446,12 @@ def claim_device(cfg: Config, env: Mapping) -> torch.device:
 def join_ranks(cfg: Config):
     """Join the process group. CPU tensors use gloo, so that errors never wait for a GPU."""
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
+    timeout = timedelta(seconds=cfg.rank_timeout_seconds)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.rank_timeout_seconds))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # A store of its own for each attempt of torchrun, else it meets the addresses of the dead.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"cannot join the process group ({error!r:.200}); start them with torchrun"
@@ -700,7 +705,6 @@ class RunLog:
     def open(self, cfg: Config, rt: Runtime, env: Mapping):
         """Lock OUT_DIR and start the log, or a new attempt in it."""
         self.claim_folder(Path(cfg.out_dir))
-        self.path = Path(cfg.out_dir, "logs", f"{self.run_id}.txt")
         if cfg.max_val_docs:
             self.suffix = " partial"
         attempt = self.begin_attempt(cfg)
@@ -722,20 +726,24 @@ class RunLog:
 
     def begin_attempt(self, cfg: Config) -> int:
         """Start a new log, or return the number of the next attempt in it. `UserError` if refused."""
-        if not self.path.exists():
+        path = Path(cfg.out_dir, "logs", f"{self.run_id}.txt")
+        if not path.exists():
             rule = "=" * 100
             machine = describe_hardware(torch.device(cfg.device))
             if cfg.device == "cuda":
                 machine += "\n" + subprocess.getoutput("nvidia-smi")
             versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
-            self.append(f"{source_code()}\n{rule}\n{versions}\n{machine}\n{rule}\n")
+            head = f"{source_code()}\n{rule}\n{versions}\n{machine}\n{rule}\n"
+            write_atomically(path, head.encode())
+            self.path = path
             return 1
         require(
             cfg.resume,
-            f"RUN_ID={self.run_id}: found {self.path}, the log of an earlier run; choose another"
-            " RUN_ID, or resume with RESUME=auto",
+            f"RUN_ID={self.run_id}: found {path}, the log of an earlier run; choose another RUN_ID,"
+            " or resume with RESUME=auto",
         )
-        text = self.path.read_text(encoding="utf-8", errors="replace")
+        self.path = path  # not before: a refusal is written into no other run's log
+        text = path.read_text(encoding="utf-8", errors="replace")
         if not text.endswith("\n"):
             self.append("\n")  # the last attempt died in mid-line
         return text.count("\nattempt:") + 1
@@ -2100,6 +2108,8 @@ def load_torch(blob: bytes) -> Any:
 
     The remaining risk is memory: an untrusted file can make torch allocate more than its size.
     """
+    damaged = zipfile.ZipFile(io.BytesIO(blob)).testzip()  # torch looks at no checksum
+    require(not damaged, f"{damaged} is damaged")
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
 
@@ -2732,9 +2742,13 @@ def main(arguments: Sequence[str] = ()) -> int:
             if not isinstance(error, OSError):
                 traceback.print_exc()
     except Stopped as stopped:
-        # Perhaps during an `except` above: a collective fails when another rank has stopped.
+        # Perhaps out of an `except` above: a collective fails when another rank has stopped.
         status = 75
-        message = explain_stop(stopped.args[0], cfg, log) if rt.rank == 0 else ""
+        if rt.rank == 0:
+            message = explain_stop(stopped.args[0], cfg, log)
+    finally:
+        if rt:
+            rt.signals.is_deferred = True  # too late to stop
     if message:
         print(message, file=sys.stderr, flush=True)
         log.line(message, console=False, suffix=False)
