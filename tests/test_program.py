@@ -51,6 +51,7 @@ def runs(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         done = run_script(folder, ranks, GRAD_ACCUM_STEPS=str(6 // ranks), **settings)
         assert done.returncode == 0, done.stderr
+        assert "%|" not in done.stderr  # a progress bar
         finished[ranks] = (done.stdout, folder)
     return finished
 
@@ -395,7 +396,7 @@ def test_one_rank_that_refuses_stops_the_others_with_its_line(tmp_path):
 
 
 def test_progress_is_for_people(tmp_path):
-    """Bars appear on a terminal only; neither pipes nor the log file ever hold one."""
+    """Bars appear on a terminal only; neither standard output nor the log ever holds one."""
     command, env = invocation(tmp_path, ITERATIONS="12", EVAL="flat")
     master, slave = pty.openpty()
     size = struct.pack("HHHH", 40, 120, 0, 0)  # a bar needs a width
