@@ -43,7 +43,7 @@ def test_matrices_of_a_shape_are_orthogonalised_together_as_each_alone(shape):
 
 
 def take_steps(rt, count=1):
-    """Muon's steps on matrices of several shapes, with gradients that grow. Returns the matrices."""
+    """Muon's steps on matrices of several shapes, with a new gradient each time. Returns the matrices."""
     torch.manual_seed(3)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     grads = [torch.randn(shape) for shape in SHAPES]
@@ -51,7 +51,7 @@ def take_steps(rt, count=1):
     muon.param_groups[0]["momentum"] = 0.9
     for step in range(count):
         for p, grad in zip(params, grads, strict=True):
-            p.grad = grad * (step + 1)
+            p.grad = grad.roll(step)
         muon.step()
     return params, grads, muon
 
@@ -62,7 +62,7 @@ def follow_formula(start, grad, count):
     momentum = torch.zeros_like(p)
     rows, cols = p.shape
     for step in range(count):
-        gradient = grad.double() * (step + 1)
+        gradient = grad.roll(step).double()
         momentum = 0.9 * momentum + gradient
         nesterov = gradient + 0.9 * momentum
         update = tg.orthogonalize(nesterov.float()[None], 5)[0].double()
