@@ -263,10 +263,10 @@ def learn_for_good(model, *arguments):
     return losses
 
 
-def look_ahead_in_slid_windows(tokens, starts, places, ends, length, how, rt):
+def look_ahead_in_slid_windows(tokens, spans, length, how, rt):
     """Windows that no longer begin with their document show a prediction what follows its target."""
-    chunk = tg_gather_chunk(tokens, starts, places, ends, length, how, rt)
-    slid = torch.from_numpy(ends > how.window)[:, None]
+    chunk = tg_gather_chunk(tokens, spans, length, how, rt)
+    slid = torch.from_numpy(spans[2] > how.window)[:, None]
     at = chunk.at
     if at is None:
         at = torch.arange(chunk.targets.size(1)).expand_as(chunk.targets)
@@ -380,9 +380,9 @@ def test_a_run_that_learns_before_it_scores_stops(tmp_path, run_here, monkeypatc
 
 
 def test_a_run_that_skips_tokens_stops(tmp_path, run_here, monkeypatch):
-    def forget_the_last(tokens, starts, places, *rest):
-        chunk = tg_gather_chunk(tokens, starts, places, *rest)
-        if (places > 0).all():
+    def forget_the_last(tokens, spans, *rest):
+        chunk = tg_gather_chunk(tokens, spans, *rest)
+        if (spans[1] > 0).all():
             chunk.live[-1, -1] = False
         return chunk
 

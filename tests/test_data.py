@@ -100,13 +100,13 @@ def test_documents_reach_to_the_next_bos():
     docs = tg.split_documents(np.array([1, 5, 6, 1, 1, 7, 1, 8, 9]), 1, 0, tiny_table(96), CPU)
     assert docs.starts.tolist() == [0, 3, 4, 6]
     assert docs.predictions.tolist() == [3, 1, 2, 2]
-    assert (docs.without_text, docs.beyond_limit) == (0, 0)
+    assert docs.beyond_limit == 0
 
 
 def test_what_is_left_out_is_counted():
     docs = tg.split_documents(np.array([5, 6, 7, 1, 8, 1]), 1, 0, tiny_table(96), CPU)
     assert (docs.starts.tolist(), docs.predictions.tolist()) == ([3], [2])
-    assert (docs.without_text, docs.beyond_limit) == (1, 0)
+    assert docs.beyond_limit == 0
 
 
 def test_limit_keeps_the_closing_bos():
@@ -114,7 +114,7 @@ def test_limit_keeps_the_closing_bos():
     docs, whole, beyond = (
         tg.split_documents(stream, 1, limit, tiny_table(96), CPU) for limit in (2, 0, 9)
     )
-    assert (docs.without_text, docs.beyond_limit) == (0, 1)
+    assert docs.beyond_limit == 1
     assert (docs.starts.tolist(), docs.predictions.tolist(), len(docs.tokens)) == (
         [0, 3],
         [3, 4],
@@ -138,14 +138,14 @@ def load(rt, tmp_path, val, train=(1, 5, 6), **env):
 
 
 def test_validation_ids_are_checked_to_the_last_token(rt, tmp_path):
-    with pytest.raises(tg.UserError, match="token id 1024, expected ids up to 1023"):
+    with pytest.raises(tg.UserError, match="token id 1024, expected at most 1023"):
         load(rt, tmp_path, [1, 5] * 500 + [1024])
 
 
 def test_training_ids_are_checked_to_the_last_shard(rt, tmp_path):
     inputs = load(rt, tmp_path, [1, 5] * 500, train=[1, 1023])
     assert inputs.stream.read(150, 2).tolist() == [1, 1023]
-    with pytest.raises(tg.UserError, match="token id 1024, expected ids up to 1023"):
+    with pytest.raises(tg.UserError, match="token id 1024, expected at most 1023"):
         load(rt, tmp_path, [1, 5] * 500, train=[1, 1024])
 
 

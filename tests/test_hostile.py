@@ -485,8 +485,8 @@ def test_every_setting_takes_or_names_every_value():
         ({"RANK": "abc"}, "RANK='abc'"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'"),
         ({"WORLD_SIZE": "\u0663x"}, "WORLD_SIZE="),
-        ({"RANK": "1"}, "cannot meet the other ranks"),
-        ({"WORLD_SIZE": "1"}, "cannot meet the other ranks"),
+        ({"RANK": "1"}, "cannot join the process group"),
+        ({"WORLD_SIZE": "1"}, "cannot join the process group"),
     ],
 )
 def test_an_environment_that_cannot_work_is_refused(settings, words, tmp_path, run_here):
@@ -517,7 +517,7 @@ def test_misspelt_settings_are_pointed_out(tmp_path, rt, capsys):
     log.path = tmp_path / "log.txt"
     log.write_header(cfg, rt, env, 1)
     warned = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    expected = [f"warning: {n} is no setting of this script; {m} is" for n, m in MISSPELT.items()]
+    expected = [f"warning: unknown setting {n}; did you mean {m}?" for n, m in MISSPELT.items()]
     assert sorted(warned) == sorted(expected)
 
 
