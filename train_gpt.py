@@ -123,7 +123,7 @@ def setting(
     help: str,
     least: float = 0,
     most: float = 1e18,
-    choices: tuple[str, ...] = (),
+    choices: tuple = (),
     decides: bool = False,
 ) -> Any:
     """A field of `Config`: its default, its help text, and the range or choices that it accepts.
@@ -1327,7 +1327,7 @@ class Muon(torch.optim.Optimizer):
     all-reducing one flat buffer, which is zero outside its share.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, steps: int, rt: Runtime):
+    def __init__(self, params: list, lr: float, steps: int, rt: Runtime):
         super().__init__(params, {"lr": lr, "momentum": 0.0})
         self.steps = steps
         self.rt = rt
@@ -1425,7 +1425,7 @@ PROJECTIONS = {
 class Learner:
     """Which projections get adapters, and how these train. The defaults are the record's."""
 
-    targets: tuple[str, ...]
+    targets: tuple  # of TARGETS
     rank: int
     lr: float
     beta1: float = 0.9
@@ -1558,15 +1558,15 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
         init_scale=4.0,
         decay=0.2,
     )
-    flat = Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip")
-    ttt = Condition(chunk, window, batch, recipe, final="final_int8_ttt_lora")
-    stream = Condition(cfg.ttt_stream_chunk, window, batch, streamer, stream=True)
+    stream_chunk = cfg.ttt_stream_chunk
     return {
-        "flat": flat,
+        "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
         "doc": Condition(window, window, batch),
         "stride": Condition(chunk, window, batch),
-        "ttt": ttt,
-        "stream": replace(stream, final="final_int8_ttt_stream"),
+        "ttt": Condition(chunk, window, batch, recipe, final="final_int8_ttt_lora"),
+        "stream": Condition(
+            stream_chunk, window, batch, streamer, stream=True, final="final_int8_ttt_stream"
+        ),
     }
 
 
@@ -1734,7 +1734,7 @@ class Score:
     """Cross-entropy of the scored tokens; a table with one row per piece of a document."""
 
     # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
-    columns: dict[str, ndarray]
+    columns: dict
 
     def __post_init__(self):
         self.nats = math.fsum(self.columns["loss_nats"])  # the same for any order of the pieces
@@ -1877,7 +1877,7 @@ class RoundingPlan:
     as Babai's nearest plane.
     """
 
-    names: list[str]
+    names: list
     weights: Tensor  # (K, in, out), transposed
     feedback: Tensor  # (K, in, in)
     care: Tensor  # (K, in, out)
@@ -1934,7 +1934,7 @@ def round_matrices(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
     return ((w - error) / scale).round().mT, scale[:, 0].half()
 
 
-def quantize(state: dict, plans: Sequence[RoundingPlan], unit: float) -> dict:
+def quantize(state: dict, plans: list, unit: float) -> dict:
     """The artifact's content in the published layout (spec section 5), from a state dict on the CPU.
 
     The matrices in `plans` become int8, others fp16 unless they overflow. Without plans every
@@ -1968,7 +1968,7 @@ def pack(content: dict) -> bytes:
     return deflater.compress(torch_bytes(content)) + deflater.flush()
 
 
-def guess_unit(plans: Sequence[RoundingPlan], bits: float) -> float:
+def guess_unit(plans: list, bits: float) -> float:
     """Estimate log2 of the unit that spends `bits` per weight."""
     samples = []
     for plan in plans:
@@ -2023,11 +2023,6 @@ def fit_artifact(model: GPT, state: dict) -> bytes:
         exact = pack(quantize(state, [], 0))
         if len(exact) <= room:
             return exact
-    refusal = (
-        f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
-    )
-    remedy = "raise it and go on from the .pt file with EVAL_ONLY=1"
-    require(room > 0, f"{refusal} more; {remedy}")
     count = sum(tensor.numel() for tensor in state.values())
     rows = min(64, max(4, 8 * 10**7 // count))
     expected = "a sound model and training shards that fit it; no artifact was written"
@@ -2041,7 +2036,11 @@ def fit_artifact(model: GPT, state: dict) -> bytes:
 
     guess = guess_unit(plans, 8 * room / count)
     unit = search_unit(lambda unit: len(artifact_at(unit)), room, guess, count / 8)
-    require(unit is not None, f"{refusal} {len(artifact_at(60.0))}; {remedy}")
+    require(
+        unit is not None,
+        f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
+        f" {len(artifact_at(60.0))}; raise it and go on from the .pt file with EVAL_ONLY=1",
+    )
     return artifact_at(unit)
 
 
@@ -2121,21 +2120,22 @@ def read_weights(path: Path) -> dict:
     """
     with refusing(path, "an artifact (.ptz), a state dict or a checkpoint (.pt)"):
         blob = read_file(path)
-        if path.suffix == ".ptz":
+        is_artifact = path.suffix == ".ptz"
+        if is_artifact:
             inflater = zlib.decompressobj()
             most = max(2**26, 16 * len(blob))
             blob = inflater.decompress(blob, most)
             whole = inflater.eof and not inflater.unused_data
             require(whole, f"truncated, with trailing data, or over {most} bytes")
-            content = load_torch(blob)
+        content = load_torch(blob)
+        if is_artifact:
             held = measure_payload(content)
         else:
-            content = load_torch(blob)
             content = content.get("model", content)
             held = sum(tensor.nbytes for tensor in content.values())
         # Before anything is computed: a tensor that repeats one number can be of any size.
         require(held <= len(blob), "its tensors are larger than the file")
-        state = dequantize(content) if path.suffix == ".ptz" else content
+        state = dequantize(content) if is_artifact else content
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
         for name, tensor in state.items():
             sound = tensor.dtype in FLOATS.values() and tensor.isfinite().all()
@@ -2251,8 +2251,8 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     Cuts fall inside the last chunk that is learned from, to catch learning before scoring (unless
     chunks are single tokens). Returns this rank's counts.
     """
-    longest = np.argsort(-docs.predictions, kind="stable")[:3]
-    picks = np.resize(longest, 3)
+    # Fewer than three documents are repeated.
+    picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3)
     most = np.array([how.window // how.chunk + 2] * 2 + [2]) * how.chunk
     predictions = np.minimum(docs.predictions[picks], most)
     ends = np.cumsum(predictions + 1)
