@@ -391,7 +391,7 @@ def test_one_rank_that_refuses_stops_the_others_with_its_line(tmp_path):
     assert done.returncode != 0
     (error,) = read_errors(done)
     assert error.startswith("error: rank 1: ")
-    assert "token id 60000, expected ids up to 1023" in error
+    assert "token id 60000, expected at most 1023" in error
     assert 'train_gpt.py", line' not in done.stderr
     assert "step:" not in done.stdout
     assert (tmp_path / "logs" / "test.txt").read_text().endswith(f"\n{error}\n")
