@@ -610,6 +610,9 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path, trained, name):
     """The second is refused in one line while the first lives, which takes no notice."""
     with Program(tmp_path, hook=at_step(5, "time.sleep(60)")) as first:
         first.line("step:4/")
+        log = tmp_path / "logs" / "test.txt"
+        while "step:4/" not in log.read_text():  # a line is in the log a moment after it is shown
+            time.sleep(0.01)
         before = content(tmp_path)
         refused = run(tmp_path, 1, RUN_ID=name)
         expected = f"error: OUT_DIR={tmp_path}: another run is writing there; .*\n"
