@@ -164,13 +164,15 @@ class Config:
     artifact_budget: int = setting(16_000_000, "maximum bytes, script + artifact", 1)
     run_id: str = setting("", "names log and checkpoints; empty: the resumed run's, else a uuid4")
     scores_path: str = setting("", "per-chunk losses: a .csv file in OUT_DIR; empty: none")
-    resume: str = setting("", "checkpoint path, or auto: the newest in OUT_DIR, if any")
-    checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
-    rank_timeout_seconds: float = setting(600.0, "timeout of collectives", 1, 1e6)
+    resume: str = setting("", "checkpoint path, or auto: the newest of RUN_ID in OUT_DIR, if any")
+    checkpoint_every: int = setting(
+        0, "steps between checkpoints; 0: only at the end or when stopped"
+    )
+    rank_timeout_seconds: float = setting(600.0, "how long ranks wait for each other", 1, 1e6)
     # Warm-up, validation and logging
     warmup_steps: int = setting(20, "warm-up steps, undone before training", 0, 1e4)
     val_batch_size: int = setting(
-        524288, "tokens per flat-evaluation step, over all ranks and micro-steps", 1
+        524288, "tokens per flat-evaluation step over all ranks, times GRAD_ACCUM_STEPS", 1
     )
     val_loss_every: int = setting(1000, "steps between validations; 0: only at the end")
     train_log_every: int = setting(200, "steps between train-loss lines; 0: none")
@@ -183,7 +185,7 @@ class Config:
     train_batch_tokens: int = decisive(524288, "tokens per step, over all ranks", 1, 1e9)
     train_seq_len: int = decisive(1024, "tokens per row in training and flat evaluation", 1, 65536)
     grad_accum_steps: int = setting(
-        0, "micro-steps per step and rank; 0: 8 (cpu: 2) / world size if divisible, else 1"
+        0, "micro-steps per rank and step; 0: 8 (preset cpu: 2) / world size if whole, else 1"
     )
     # Model
     vocab_size: int = decisive(1024, "vocabulary size", 4, 65536)
@@ -272,7 +274,7 @@ def parse_setting(name: str, text: str, spec: Any) -> Any:
     except (ValueError, KeyError):
         allowed = False
     expected = describe_allowed(spec)
-    require(allowed, f"{name}={text!r:.60}: expected {expected}; set it so or unset it")
+    require(allowed, f"{name}={text!r:.60}: expected {expected}; give such a value or unset it")
     return value
 
 
@@ -444,17 +446,17 @@ def claim_device(cfg: Config, env: Mapping) -> torch.device:
 
 
 def join_ranks(cfg: Config):
-    """Join the process group. CPU tensors use gloo, so that errors never wait for a GPU."""
+    """Join the process group. CPU tensors use gloo: exchanging errors never waits for a GPU."""
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     timeout = timedelta(seconds=cfg.rank_timeout_seconds)
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # A store of its own for each attempt of torchrun, else it meets the addresses of the dead.
+        # One key prefix per restart, or new ranks read the addresses of dead ones.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (ValueError, RuntimeError) as error:
         raise ConnectionError(
-            f"cannot join the process group ({error!r:.200}); start them with torchrun"
+            f"cannot join the process group ({error!r:.200}); start the ranks with torchrun"
         ) from None
 
 
@@ -481,7 +483,7 @@ class Runtime:
     """Device, precision, ranks, clock and collectives of this process."""
 
     device: torch.device
-    dtype: torch.dtype  # of matrix products and attention
+    dtype: torch.dtype  # of the residual stream, matrix products and attention
     rank: int = 0
     world: int = 1
     score_noise: float = 0.0  # tolerance between two computations of a loss, nats
@@ -500,8 +502,8 @@ class Runtime:
         set_up_backends(device, dtype)
         # CPU kernels are bitwise reproducible; backward kernels of GPUs use atomic adds.
         score_noise = 1e-2 if device.type == "cuda" else 0.0
-        show_progress = rank == 0 and sys.stderr.isatty()
-        return cls(device, dtype, rank, world, score_noise, show_progress)
+        is_shown = rank == 0 and sys.stderr.isatty()
+        return cls(device, dtype, rank, world, score_noise, is_shown)
 
     def gather(self, value: Any) -> list[Any]:
         """All-gather any value: a list with one entry per rank."""
@@ -517,7 +519,7 @@ class Runtime:
         try:
             result = work()
         except (UserError, OSError) as error:
-            problem = str(error)
+            problem = str(error) or repr(error)
         problems = self.gather(problem)
         for rank, line in enumerate(problems):
             everywhere = problems == [line] * self.world
@@ -530,7 +532,7 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
-    def average(self, tensors: Sequence[Tensor]):
+    def average(self, tensors: list):
         """Average the tensors over the ranks, in place: one flat all-reduce."""
         if self.world == 1:
             return
@@ -616,7 +618,7 @@ def torch_bytes(content: Any) -> memoryview:
 
 @contextlib.contextmanager
 def refusing(path: str | Path, expected: str) -> Iterator[None]:
-    """Turn any error while reading the (untrusted) file at `path` into a `UserError`."""
+    """Turn any error while using `path`, an untrusted file, into a `UserError`."""
     try:
         yield
     except Exception as error:
@@ -657,7 +659,9 @@ def choose_run_id(cfg: Config) -> str:
     """RUN_ID if set; else the newest checkpoint's run if RESUME=auto; else a UUID."""
     if cfg.run_id:
         return cfg.run_id
-    found = find_checkpoints(cfg, "*") if cfg.resume == "auto" else []
+    found = []
+    if cfg.resume == "auto" and not cfg.eval_only:
+        found = find_checkpoints(cfg, "*")
     return found[0].name.rsplit(".", 2)[0] if found else str(uuid.uuid4())
 
 
@@ -669,7 +673,7 @@ class RunLog:
     run_id: str = ""
     path: Path | None = None
     suffix: str = ""  # " partial" if MAX_VAL_DOCS is set: not a full score
-    artifact: Path | None = None  # once it is written
+    artifact: Path | None = None  # what is scored, once it is there
     has_gaps: bool = False
 
     def line(self, text: str, console: bool = True, suffix: bool = True):
@@ -742,7 +746,7 @@ class RunLog:
             f"RUN_ID={self.run_id}: found {path}, the log of an earlier run; choose another RUN_ID,"
             " or resume with RESUME=auto",
         )
-        self.path = path  # not before: a refusal is written into no other run's log
+        self.path = path  # only now, so that a refusal is not written into the earlier run's log
         text = path.read_text(encoding="utf-8", errors="replace")
         if not text.endswith("\n"):
             self.append("\n")  # the last attempt died in mid-line
@@ -805,7 +809,7 @@ class ByteTable(NamedTuple):
         is_byte = np.array(tokenizer.is_byte(ids))
         silent = np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids)
         is_text = ~(silent | tokenizer.is_unused(ids))
-        # Without it, byte fallback spells `▁` as three bytes, and all three would count.
+        # Without a piece '▁', byte fallback spells it as three bytes, and all three would count.
         require(
             is_text[tokenizer.piece_to_id("▁")],
             "TOKENIZER_PATH: found no piece '▁', expected one, else spaces miscount; train it with one",
@@ -871,7 +875,7 @@ class TokenStream:
 
     def next_batch(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the next micro-step, each (B, T)."""
-        # A micro-step consumes (local + 1) * world tokens; rank r takes the r-th span of them.
+        # A micro-step reads span * world tokens; rank r takes the r-th span.
         span = cfg.train_batch_tokens // (rt.world * cfg.grad_accum_steps) + 1
         tokens = rt.upload(self.read(self.position + rt.rank * span, span))
         self.position += span * rt.world
@@ -886,7 +890,7 @@ class Documents:
     tokens: Tensor  # (n,) int32
     bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
     starts: ndarray  # (docs,) int64, position of each document's BOS, its first input
-    predictions: ndarray  # (docs,) int64, number of targets, >= 1, with the next BOS
+    predictions: ndarray  # (docs,) int64, number of targets (>= 1), counting the next BOS
     beyond_limit: int = 0  # targets dropped by MAX_VAL_DOCS
 
 
@@ -966,7 +970,7 @@ class BlockLoRA(NamedTuple):
 class Adapters(NamedTuple):
     """The updates of a whole model, one `BlockLoRA` per block; by default none."""
 
-    blocks: Sequence[BlockLoRA] = (BlockLoRA(),) * MAX_LAYERS
+    blocks: Sequence = (BlockLoRA(),) * MAX_LAYERS
     lm_head: LoRA | None = None
 
 
@@ -1198,10 +1202,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The record's transformer: skips from its first half to its second, a soft-capped head.
 
-    No autocast: its op lists differ between CPU and CUDA. The residual stream, matrix products and
-    attention are in `dtype`: a bf16 stream matches the published code where we could run it
-    (records/NOTES.md) and moves half the bytes of autocast's fp32 stream on CUDA. Query and key
-    norms, rotation, softcap and losses are in fp32.
+    The residual stream, matrix products and attention are in `dtype`; query and key norms, rotation,
+    softcap and losses are in fp32. No autocast, whose op lists differ between CPU and CUDA: there
+    it would keep an fp32 stream. A bf16 stream scores the same (records/NOTES.md) and moves half
+    the bytes.
     """
 
     def __init__(self, cfg: Config, dtype: torch.dtype):
@@ -1327,40 +1331,40 @@ class Muon(torch.optim.Optimizer):
     all-reducing one flat buffer, which is zero outside its share.
     """
 
-    def __init__(self, params: list, lr: float, steps: int, rt: Runtime):
-        super().__init__(params, {"lr": lr, "momentum": 0.0})
+    def __init__(self, groups: list, steps: int, rt: Runtime):
+        super().__init__(groups, {"momentum": 0.0})
         self.steps = steps
         self.rt = rt
 
     @torch.no_grad()
     def step(self):
         """One step on all matrices, from gradients already averaged over ranks."""
-        group = self.param_groups[0]
-        params = group["params"]
-        grads = [p.grad for p in params]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, grads)
-        nesterov = torch._foreach_add(grads, buffers, alpha=group["momentum"])
-        sizes = [p.numel() for p in params]
-        flat = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
-        updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
-        mine = range(self.rt.rank, len(params), self.rt.world)
-        for same in group_by_shape(params, mine):
-            # In the compute dtype: bf16 is about 100x slower on CPUs without it.
-            batch = torch.stack([nesterov[i] for i in same]).to(self.rt.dtype)
-            rows, cols = params[same[0]].shape
-            batch = orthogonalize(batch, self.steps) * max(1.0, rows / cols) ** 0.5
-            torch._foreach_copy_([updates[i] for i in same], list(batch))
-        self.rt.sum(flat)
-        torch._foreach_add_(params, [update.float() for update in updates], alpha=-group["lr"])
+        for group in self.param_groups:
+            params = group["params"]
+            grads = [p.grad for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            nesterov = torch._foreach_add(grads, buffers, alpha=group["momentum"])
+            sizes = [p.numel() for p in params]
+            flat = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
+            updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
+            mine = range(self.rt.rank, len(params), self.rt.world)
+            for same in group_by_shape(params, mine):
+                # In the compute dtype: bf16 is about 100x slower on CPUs without it.
+                batch = torch.stack([nesterov[i] for i in same]).to(self.rt.dtype)
+                rows, cols = params[same[0]].shape
+                batch = orthogonalize(batch, self.steps) * max(1.0, rows / cols) ** 0.5
+                torch._foreach_copy_([updates[i] for i in same], list(batch))
+            self.rt.sum(flat)
+            torch._foreach_add_(params, [update.float() for update in updates], alpha=-group["lr"])
 
 
-def group_by_shape(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[list[int]]:
-    """`indices` grouped by the shape of their tensors."""
+def group_by_shape(tensors: list, indices: Iterable) -> list:
+    """Lists of `indices`, grouped by the shape of their tensors."""
     groups = {}
     for i in indices:
         groups.setdefault(tuple(tensors[i].shape), []).append(i)
@@ -1374,15 +1378,12 @@ def build_optimizers(model: GPT, rt: Runtime):
     for name, p in model.named_parameters():
         assert hasattr(p, "role"), f"{name} has no Role: make it by Linear or parameter()"
         by_role.setdefault(p.role, []).append(p)
-    matrices = []
-    groups = []
+    groups = {"muon": [], "adam": []}
     for role, params in by_role.items():
-        if role.optimizer == "muon":
-            matrices += params
-        else:
-            groups.append({"params": params, "lr": getattr(cfg, role.rate)})
-    muon = Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, rt)
-    adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        groups[role.optimizer].append({"params": params, "lr": getattr(cfg, role.rate)})
+    muon = Muon(groups["muon"], cfg.muon_backend_steps, rt)
+    betas = (cfg.beta1, cfg.beta2)
+    adam = torch.optim.Adam(groups["adam"], betas=betas, eps=cfg.adam_eps, fused=True)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -1540,8 +1541,8 @@ class Condition:
         return rows, np.full_like(rows, self.chunk)
 
 
-def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict[str, Condition]:
-    """The conditions that EVAL can name."""
+def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict:
+    """The conditions that EVAL can name, by name."""
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)  # shorter if the stream is
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
     chunk = cfg.ttt_chunk_size
@@ -1675,7 +1676,7 @@ class Group(NamedTuple):
 def group_rows(ends: ndarray, predictions: ndarray, how: Condition) -> list[Group]:
     """Group a turn's rows by `(length, learns)`; ends (B,) are chunk ends.
 
-    Rounding depends on the length, so the length never depends on other documents. A document's
+    Floating-point results depend on the length, so it never depends on other documents. A document's
     last chunk is not learned from, except in a stream, where skipping it would split the batch.
     """
     learns = (ends < predictions) & (how.learner is not None)
@@ -1702,8 +1703,7 @@ def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     mine = share_documents(chunks, rt.world)[rt.rank]
     slots = min(how.batch, len(mine))
     model = frozen(model)
-    adapters = None
-    cache = None
+    adapters = cache = None
     if how.learner:
         adapters = DocumentAdapters(model, how.learner, how.chunk, slots, rt)
     if how.stream:
@@ -1711,10 +1711,10 @@ def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     ledger = torch.zeros(2, len(docs.tokens) - 1, device=rt.device)  # losses, times scored
     with rt.progress(int(chunks[mine].sum()), "evaluating") as bar:
         for documents, numbers in plan_slots(mine, chunks, slots):
-            fresh = rt.upload(np.flatnonzero(numbers == 0))
+            fresh = np.flatnonzero(numbers == 0)
             for owned in (adapters, cache):
                 if owned is not None and len(fresh):
-                    owned.restart(fresh)
+                    owned.restart(rt.upload(fresh))
             places = numbers * how.chunk
             ends = np.minimum(places + how.chunk, predictions[documents])
             spans = np.stack((starts[documents], places, ends))
@@ -1791,7 +1791,7 @@ def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Sco
 def evaluate(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> Score:
     """The score of the validation stream under one condition, the same on every rank."""
     losses, times = score_documents(model, docs, how, rt).cpu().numpy()
-    check_coverage(losses, times, docs, how)
+    rt.together(lambda: check_coverage(losses, times, docs, how))
     return tabulate(losses, times, docs, model.cfg.ttt_chunk_size)
 
 
@@ -1800,10 +1800,10 @@ def evaluate(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> Score:
 
 
 class MatrixStats(NamedTuple):
-    """A weight error E (out, in) costs about sum_i S_i (E M E^T)_ii / 2 nats per token.
+    """A weight error D (out, in) costs about sum_i S_i (D M D^T)_ii / 2 nats per token.
 
-    M = E[x x^T] of the inputs; S_i = E[g_i^2] of the loss gradients at the outputs, assumed
-    uncorrelated. Source: K-FAC, https://arxiv.org/abs/1503.05671.
+    M = E[x x^T] of the inputs x, S_i = E[g_i^2] of the loss gradients g at the outputs; x and g are
+    assumed to be uncorrelated. Source: K-FAC, https://arxiv.org/abs/1503.05671.
     """
 
     moments: Tensor  # M (in, in); the identity for an untied embedding
@@ -1824,7 +1824,7 @@ def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
     stats = {}
     for module in model.modules():
         if isinstance(module, (Linear, TiedHead, nn.Embedding)):
-            # A tied head comes last and replaces the embedding's entry.
+            # A tied head comes last and replaces the embedding's entry: errors of look-ups are ignored.
             stats[names[module.weight]] = watch(module, rows * length)
     places = [int(stream.begins[-1]) * row // rows for row in range(rows)]
     for first in range(0, rows, 8):
@@ -1883,8 +1883,8 @@ class RoundingPlan:
     care: Tensor  # (K, in, out)
 
 
-def plan_rounding(state: dict, stats: dict) -> list[RoundingPlan]:
-    """One plan per shape, for all matrices with statistics."""
+def plan_rounding(state: dict, stats: dict) -> list:
+    """One `RoundingPlan` per shape, for all matrices with statistics."""
     names = list(stats)
     plans = []
     for same in group_by_shape([state[name] for name in names], range(len(names))):
@@ -1979,12 +1979,12 @@ def guess_unit(plans: list, bits: float) -> float:
 
 
 def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> float | None:
-    """log2 of nearly the smallest unit that fits into `room` bytes; None if none does.
+    """log2 of nearly the smallest unit whose artifact fits into `room` bytes; None if none does.
 
     Doubling the unit saves about a bit per weight. Secant steps from `guess` and `slope` (bytes per
     doubling), then bisection, to within 1 % of `room`.
     """
-    low = -60.0  # assumed too large
+    low = -60.0  # its artifact is assumed too large
     high = 60.0  # the smallest artifact
     least = size_at(high)
     if least > room:
@@ -2025,22 +2025,22 @@ def fit_artifact(model: GPT, state: dict) -> bytes:
             return exact
     count = sum(tensor.numel() for tensor in state.values())
     rows = min(64, max(4, 8 * 10**7 // count))
-    expected = "a sound model and training shards that fit it; no artifact was written"
+    expected = "a finite model and training shards that match it; no artifact was written"
     with refusing(f"ARTIFACT_BUDGET={budget}: calibration", expected):
         plans = plan_rounding(state, calibrate(model, rows))
         require(plans, "no matrix that any token reaches")
 
-    @functools.lru_cache(maxsize=3)
+    @functools.cache
     def artifact_at(unit: float) -> bytes:
         return pack(quantize(state, plans, 2.0**unit))
 
     guess = guess_unit(plans, 8 * room / count)
     unit = search_unit(lambda unit: len(artifact_at(unit)), room, guess, count / 8)
-    require(
-        unit is not None,
-        f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
-        f" {len(artifact_at(60.0))}; raise it and go on from the .pt file with EVAL_ONLY=1",
-    )
+    if unit is None:
+        raise UserError(
+            f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
+            f" {len(artifact_at(60.0))}; raise the budget and export the .pt file with EVAL_ONLY=1"
+        )
     return artifact_at(unit)
 
 
@@ -2078,8 +2078,8 @@ def export(model: GPT, log: RunLog) -> Path:
 
 def measure_payload(content: dict) -> int:
     """Bytes of all tensors in an artifact's content."""
-    parts = [content[part].values() for part in ("quantized", "scales", "passthrough")]
-    return sum(tensor.nbytes for tensor in itertools.chain(*parts))
+    parts = ("quantized", "scales", "passthrough")
+    return sum(tensor.nbytes for part in parts for tensor in content[part].values())
 
 
 def dequantize(content: dict) -> dict:
@@ -2133,7 +2133,7 @@ def read_weights(path: Path) -> dict:
         else:
             content = content.get("model", content)
             held = sum(tensor.nbytes for tensor in content.values())
-        # Before anything is computed: a tensor that repeats one number can be of any size.
+        # Before anything is computed: a tensor with stride 0 can claim any size.
         require(held <= len(blob), "its tensors are larger than the file")
         state = dequantize(content) if is_artifact else content
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
@@ -2149,7 +2149,7 @@ def infer_shape(state: dict, cfg: Config, path: Path) -> Config:
         vocab_size, dim = state["tok_emb.weight"].shape
         heads = len(state["blocks.0.attn.q_gain"])
         layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        require(0 < layers <= MAX_LAYERS, f"{layers} layers")
+        require(layers <= MAX_LAYERS, f"{layers} layers")
         cfg = replace(
             cfg,
             vocab_size=vocab_size,
@@ -2203,33 +2203,34 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     """
     ids = list(range(tokenizer.vocab_size()))
     silent = np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids)
-    silent |= tokenizer.is_unused(ids)
+    silent = silent | tokenizer.is_unused(ids)
     is_byte = np.array(tokenizer.is_byte(ids))
     plain = np.flatnonzero(~silent & ~is_byte).tolist()
     letter = tokenizer.piece_to_id("<0x41>")
     anchor = next((i for i in plain if tokenizer.decode([i]).strip()), letter)
 
-    def count_bytes(pieces: ndarray) -> int:
+    def decode(pieces: ndarray) -> str:
         # Byte pieces may be invalid UTF-8: replace each by a letter.
         pieces = np.where(is_byte[pieces], letter, pieces)
         # Prepend an anchor: the decoder drops a leading space.
         text = tokenizer.decode([anchor, *pieces.tolist()])
-        return len(text.removeprefix(tokenizer.decode([anchor])).encode())
+        return text.removeprefix(tokenizer.decode([anchor]))
 
-    opens = np.array([text.startswith("▁") for text in tokenizer.id_to_piece(ids)]) & ~is_byte
+    texts = [decode(np.array([i])) for i in ids]
+    opens = np.array([text.startswith(" ") for text in texts])
     picks = np.unique(np.linspace(0, len(docs.starts) - 1, 256).astype(np.int64))
     counted = 0
     spelled = 0
     for begin, count in zip(docs.starts[picks], docs.predictions[picks], strict=True):
         end = begin + count
         pieces = docs.tokens[begin : end + 1].cpu().numpy()  # BOS first, not a target
-        spelled += count_bytes(pieces[~silent[pieces]])
+        spelled += len(decode(pieces[~silent[pieces]]).encode())
         # A space right after BOS or a control piece is not text.
         spelled -= int((opens[pieces[1:]] & silent[pieces[:-1]] & ~silent[pieces[1:]]).sum())
         counted += int(docs.bytes[begin:end].sum())
         if counted != spelled:
             sizes = table.base + table.leading_space
-            wrong = [i for i in pieces if not silent[i] and count_bytes(np.array([i])) != sizes[i]]
+            wrong = [i for i in pieces if not silent[i] and len(texts[i].encode()) != sizes[i]]
             names = tokenizer.id_to_piece(np.unique(wrong).astype(int).tolist())
             raise UserError(
                 f"audit bytes: up to token {end} {counted} bytes were counted where the decoded text"
@@ -2316,7 +2317,7 @@ class Trainer:
         self.finite_steps = torch.zeros(count, dtype=torch.int64, device=self.rt.device)
         names = [f.name for f in fields(self.cfg) if f.metadata["decides"]]
         self.identity = {name.upper(): spell(getattr(self.cfg, name)) for name in names}
-        # Over all ranks, which share them.
+        # Over all ranks: their number may change from one attempt to the next.
         self.identity["MICRO_STEPS"] = str(self.rt.world * self.cfg.grad_accum_steps)
         self.identity["DTYPE"] = str(self.rt.dtype)
         self.identity |= self.hashes
@@ -2456,8 +2457,8 @@ class Trainer:
         path = state["path"]
         with refusing(path, "a whole checkpoint of this script"):
             self.load(state)
-        time = f"train_time:{self.elapsed_ms:.0f}ms"
-        self.log.line(f"resume:{path} step:{self.step}/{self.cfg.iterations} {time}")
+        spent = f"train_time:{self.elapsed_ms:.0f}ms"
+        self.log.line(f"resume:{path} step:{self.step}/{self.cfg.iterations} {spent}")
 
     def read_checkpoint(self) -> dict | None:
         """The state in the checkpoint that RESUME names; `auto` skips damaged ones."""
@@ -2697,7 +2698,10 @@ def explain_stop(number: int, cfg: Config, log: RunLog) -> str:
     """The name of the signal and the commands that continue."""
     lines = [f"stopped by {signal.Signals(number).name}"]
     if not cfg.eval_only:
-        command = launch_command(os.environ, RESUME="auto", RUN_ID=log.run_id)
+        resume = "auto"
+        if cfg.resume and not find_checkpoints(cfg, log.run_id):
+            resume = cfg.resume  # perhaps a path: this run has no checkpoint of its own yet
+        command = launch_command(os.environ, RESUME=resume, RUN_ID=log.run_id)
         lines.append(f"go on with: {command}")
     if log.artifact:
         command = launch_command(
@@ -2713,6 +2717,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     rt = None
     status = 0
     message = ""
+    is_alone = False  # whether this rank fails by itself
     try:
         try:
             require(
@@ -2730,19 +2735,20 @@ def main(arguments: Sequence[str] = ()) -> int:
         except UserError as error:
             status = 1
             if rt is None and os.environ.get("LOCAL_RANK", "0") != "0":
-                time.sleep(30)  # torchrun kills all ranks once one exits: rank 0 goes first
+                time.sleep(30)  # torchrun kills all ranks once one exits: let rank 0 speak first
             elif log.rank == 0:
                 message = f"error: {error}"
         except Exception as error:
             # This rank's own error: print it here.
             status = 1
+            is_alone = True
             where = f"rank {rt.rank}: " if rt and rt.world > 1 else ""
             text = str(error) if isinstance(error, OSError) else f"{error!r:.300}"
             message = f"error: {where}{UserError(text)}"
             if not isinstance(error, OSError):
                 traceback.print_exc()
     except Stopped as stopped:
-        # Perhaps out of an `except` above: a collective fails when another rank has stopped.
+        # Perhaps out of an `except` above: a collective fails when another rank stops first.
         status = 75
         if rt.rank == 0:
             message = explain_stop(stopped.args[0], cfg, log)
@@ -2752,7 +2758,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     if message:
         print(message, file=sys.stderr, flush=True)
         log.line(message, console=False, suffix=False)
-    if dist.is_initialized() and status != 1:
+    if dist.is_initialized() and not is_alone:
         dist.destroy_process_group()
         time.sleep(0.1)  # gloo's threads need the interpreter to free their tensors
     return status

@@ -47,7 +47,7 @@ def take_steps(rt, count=1):
     torch.manual_seed(3)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     grads = [torch.randn(shape) for shape in SHAPES]
-    muon = tg.Muon(params, 0.02, 5, rt)
+    muon = tg.Muon([{"params": params, "lr": 0.02}], 5, rt)
     muon.param_groups[0]["momentum"] = 0.9
     for step in range(count):
         for p, grad in zip(params, grads, strict=True):

@@ -378,7 +378,7 @@ def test_bad_settings_fail_in_one_line_on_every_rank(tmp_path):
     done = run_script(out, 2, script=script, MATRIX_LR="fast")
     assert done.returncode != 0
     assert done.stdout == ""
-    problem = "MATRIX_LR='fast': expected a number from 0 to 1e+18; set it so or unset it"
+    problem = "MATRIX_LR='fast': expected a number from 0 to 1e+18; give such a value or unset it"
     assert read_errors(done) == [f"error: {problem}"]
     assert not list(out.iterdir())
 
