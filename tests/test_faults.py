@@ -366,8 +366,21 @@ def test_auto_takes_checkpoints_of_its_own_run(tmp_path, base):
     os.utime(tmp_path / saved(15), ns=(0, 0))
     assert tg.choose_run_id(nameless) == "other"
     assert tg.choose_run_id(tg.replace(nameless, resume="")) not in ("other", "test")
+    scoring = tg.replace(nameless, eval_only=True)  # writes into no training's log
+    assert tg.choose_run_id(scoring) not in ("other", "test")
     done = run(tmp_path, **AUTO | {"RUN_ID": "third", "ITERATIONS": "1"})
     assert "resume: found no checkpoint; starting anew" in done.out
+
+
+def test_the_printed_command_keeps_a_path_until_there_is_a_checkpoint(tmp_path, monkeypatch):
+    """Else a run that was stopped before its first one would start anew."""
+    monkeypatch.setenv("RESUME", "old/run.step000000015.pt")
+    cfg = tg.Config(out_dir=str(tmp_path), resume="old/run.step000000015.pt")
+    log = tg.RunLog(run_id="new")
+    assert "RESUME=old/run.step000000015.pt RUN_ID=new " in tg.explain_stop(TERM, cfg, log)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "new.step000000020.pt").touch()
+    assert "RESUME=auto RUN_ID=new " in tg.explain_stop(TERM, cfg, log)
 
 
 def test_a_clock_set_back_costs_no_checkpoint(tmp_path, base):

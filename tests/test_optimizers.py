@@ -140,6 +140,24 @@ def test_every_parameter_has_one_optimizer_and_its_rate(rt, tied):
     assert (adam.defaults["betas"], adam.defaults["eps"]) == ((0.9, 0.95), 1e-8)
 
 
+def test_muon_takes_the_rate_that_a_role_names(rt):
+    """A fork's matrix may have a rate of its own; its step is that of Muon alone on it."""
+    model = tiny_model(tiny_config(scalar_lr=0.01), rt)
+    weight = model.blocks[1].mlp.fc.weight
+    weight.role = tg.Role("muon", "scalar_lr")
+    muon, _ = tg.build_optimizers(model, rt)
+    rates = {group["lr"]: len(group["params"]) for group in muon.param_groups}
+    assert rates == {0.04: 3 * 6 - 1, 0.01: 1}
+    start = {p: p.detach().clone() for p in model.parameters()}
+    for p in start:
+        p.grad = torch.randn_like(p)
+    muon.step()
+    alone = tg.orthogonalize(weight.grad[None], 5)[0].bfloat16() * 2**0.5
+    torch.testing.assert_close(weight, start[weight] - 0.01 * alone, atol=1e-3, rtol=0)
+    other = model.blocks[0].mlp.fc.weight
+    assert (other - start[other]).abs().mean() > 2 * (weight - start[weight]).abs().mean()
+
+
 def test_a_parameter_without_a_role_is_noticed(rt):
     model = tiny_model(tiny_config(), rt)
     model.blocks[1].register_parameter("extra", torch.nn.Parameter(torch.ones(2)))
