@@ -253,6 +253,9 @@ def test_ranks_together_give_the_same_score(rt, world, evaluate):
             parts.append(values)
             return sum(parts) if len(parts) == world else values
 
+        def gather(self, value):
+            return [value] * world
+
     for rank in range(world - 1):
         with pytest.raises(tg.UserError, match="audit coverage"):  # a share alone is not the whole
             evaluate(model, docs, Ranked(CPU, rt.dtype, rank, world))
