@@ -17,7 +17,7 @@ adapters, evaluation, calibration, artifact, audits, training, main.
 
 Shapes in docstrings: B batch rows (sequences or documents), T input tokens, S scored positions,
 D model dim, H query heads, G key/value heads, N head dim, R adapter rank, V vocabulary, C chunk
-length, W window length, P adapter parameters per document, n tokens of the validation stream,
+length, W window length, P adapter parameters per document, n tokens of a shard or stream,
 K matrices in a batch. Losses are in nats.
 """
 
@@ -1054,7 +1054,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(N) + mask) v; q (B, H, C, N), k and v (B, G, K, N), mask (B, C, K)."""
+    """softmax(q k^T / sqrt(N) + mask) v of a chunk and its cache.
+
+    q (B, H, C, N), k and v (B, G, W + C, N), mask (B, C, W + C) -> (B, H, C, N).
+    """
     batch, kv_heads, _, dim = k.shape
     queries = (q * dim**-0.5).reshape(batch, kv_heads, -1, dim)
     scores = (queries @ k.mT).unflatten(2, (-1, mask.size(1)))
@@ -1905,7 +1908,7 @@ def plan_rounding(state: dict, stats: dict) -> list:
 
 
 def round_matrices(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
-    """(q (K, out, in) within +-127, scales fp16 (K, out)): weights are about q^T * scales.
+    """(q (K, out, in) within +-127, scales fp16 (K, out)): a matrix is about q * scales[:, None].
 
     The ideal step of each weight is unit / care. A row's scale is its finest step, within the range
     of int8; less sensitive columns use multiples of it, which compress better.
@@ -2279,8 +2282,8 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     moved = (scores[0] - scores[1]).abs().max().item() if len(scores[0]) else 0.0
     require(
         moved <= rt.score_noise,  # nan fails, too
-        f"audit causality: later tokens or other documents moved scores by up to {moved:g} nats, not"
-        " 0: it leaks, its score is void",
+        f"audit causality: later tokens or other documents moved scores by up to {moved:g} nats,"
+        f" allowed are {rt.score_noise:g}: it leaks, its score is void",
     )
     return f"documents:{len(set(picks))} compared:{len(scores[0])}"
 
