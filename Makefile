@@ -4,11 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := data/demo
+SMALL := tests/conformance
 GPUS ?= 8
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone
 
-.PHONY: demo test lint fineweb train clean
+.PHONY: quick demo test lint fineweb train clean
 .DELETE_ON_ERROR:
+
+# Score a small artifact of this repository on every rung: all of the idea, no training. Seconds after the installation.
+quick: $(VENV)/runtime
+	EVAL_ONLY=1 MODEL_PATH=$(SMALL)/final_model.int8.ptz DATA_PATH=$(SMALL) TOKENIZER_PATH=$(SMALL)/tokenizer.model PRESET=baseline \
+	  TRAIN_SEQ_LEN=512 EVAL=flat,doc,stride,ttt,stream OUT_DIR=out/quick $(BIN)/python train_gpt.py
+	echo && grep "^ladder" "$$(ls -t out/quick/logs/*.txt | head -n 1)"
 
 # Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 6 minutes on 2 cores
 # after the installation. RESUME=auto goes on with a demo that was stopped; RUN_ID=name gives it a name.
