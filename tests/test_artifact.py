@@ -150,10 +150,10 @@ def test_calibration_measures_every_matrix(rt, model, tied):
 
 
 def lesson():
-    """(weights (48, 64), statistics of inputs that depend on each other) of a matrix."""
+    """(weights (48, 160), statistics of inputs that depend on each other) of a matrix."""
     torch.manual_seed(0)
-    x = torch.randn(2000, 12) @ torch.randn(12, 64) + 0.3 * torch.randn(2000, 64)
-    return torch.randn(48, 64), tg.MatrixStats(x.T @ x / 2000, torch.rand(48) + 0.1)
+    x = torch.randn(2000, 12) @ torch.randn(12, 160) + 0.3 * torch.randn(2000, 160)
+    return torch.randn(48, 160), tg.MatrixStats(x.T @ x / 2000, torch.rand(48) + 0.1)
 
 
 def plan_of(weights, stats):
@@ -192,7 +192,7 @@ def test_integers_are_of_8_bits_however_fine_the_steps():
     q, scale = tg.round_matrices(plan_of(brim, stats), 2.0**-60)
     assert (scale == 1 / 128).all()
     assert q.abs().max() == 127
-    stats = tg.MatrixStats(torch.eye(64), torch.ones(48))
+    stats = tg.MatrixStats(torch.eye(160), torch.ones(48))
     q, _ = tg.round_matrices(plan_of(weights, stats), 2.0**-60)
     assert 106 <= q.abs().amax(2).min() <= q.abs().max() <= 127  # within a quarter of an octave
 
