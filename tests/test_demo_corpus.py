@@ -17,11 +17,11 @@ PROSE = (
 TOPIC = "Help is a function of the language that its users call. " * 5
 
 
-def module(text: str) -> str:
+def module(text):
     return f'"""{text}"""\n'
 
 
-def corpus(out: Path, sources: dict[str, str | bytes]) -> tuple[dict, dict[str, str]]:
+def corpus(out, sources):
     """Facts and documents, by name, of a corpus from these modules and one topic."""
     files = []
     for name, source in sources.items():
@@ -70,13 +70,6 @@ value = "an old pattern: \\d"
     )
 
 
-def test_sources_are_never_run(tmp_path):
-    _, documents = corpus(
-        tmp_path / "docs.jsonl", {"bomb": module(PROSE) + "raise SystemExit('imported')\n"}
-    )
-    assert documents == {"help me": TOPIC, "bomb": PROSE.strip()}
-
-
 # --- What is kept ----------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +79,7 @@ def test_dropped_documents_are_counted_by_reason(tmp_path):
         tmp_path / "docs.jsonl",
         {
             "a_good": module(PROSE),
-            "b_copy": module(PROSE) + "x = 1\n",
+            "b_copy": module(PROSE) + "raise SystemExit('imported')\n",
             "c_just_enough": module("y" * limit),
             "d_short": module("z" * (limit - 1)),
             "e_silent": "x = 1\n",
@@ -124,27 +117,13 @@ def test_equal_runs_give_equal_bytes(tmp_path):
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
 
-def test_help_topics_are_documents():
-    topics = dict(demo_corpus.help_topics())
-    assert len(topics) > 50 and '"with" statement' in topics["help with"]
-
-
 # --- Which files -----------------------------------------------------------------------------------------------------
 
 
 def test_closure_holds_requirements_and_nothing_else():
     packages = set(demo_corpus.installed_closure(demo_corpus.ROOTS))
-    assert {
-        "torch",
-        "numpy",
-        "sentencepiece",
-        "huggingface-hub",
-        "sympy",
-        "jinja2",
-        "markupsafe",
-        "tqdm",
-    } <= packages
-    assert not packages & {"pytest", "ruff", "hypothesis", "pluggy", "pip"}
+    assert {"torch", "huggingface-hub", "jinja2", "markupsafe", "tqdm"} <= packages
+    assert not packages & {"pytest", "ruff", "pip"}
     assert not any(demo_corpus.ACCELERATOR_PACKAGE.match(name) for name in packages)
 
 
@@ -203,7 +182,7 @@ def test_writing_that_fails_keeps_the_earlier_file(tmp_path):
     assert (tmp_path / "docs.jsonl").read_bytes() == b"earlier"
 
 
-def run_script(out: Path) -> subprocess.CompletedProcess:
+def run_script(out):
     return subprocess.run([sys.executable, SCRIPT, "--out", out], capture_output=True, text=True)
 
 
@@ -227,6 +206,7 @@ def test_whole_corpus(tmp_path):
     assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
     assert manifest["packages"]["numpy"] and manifest["python"] == sys.version.split()[0]
     assert f"{len(texts):,} documents" in done.stdout
+    assert any('"with" statement' in text for text in texts)
     assert 3000 < len(texts) < 6000 and 14e6 < manifest["text_bytes"] < 25e6
     assert 1000 < manifest["median_bytes"] < 4000 and manifest["longest_bytes"] > 100_000
     assert min(map(len, texts)) >= demo_corpus.MIN_CHARS

@@ -13,42 +13,32 @@ SHAPES = ((48, 32), (32, 32), (32, 64), (16, 32), (64, 32))
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 64), (64, 128)])
 def test_orthogonalize_against_float64(shape):
-    """The singular vectors of the exact polar factor, and singular values in a band around 1."""
+    """The singular vectors of the exact polar factor, and singular values in a band around 1.
+
+    Of each matrix in a batch, although their norms differ.
+    """
     torch.manual_seed(0)
-    matrix = torch.randn(shape)
-    ours = tg.orthogonalize(matrix[None], 5)[0].double()
-    left, before, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    inside = left.T @ ours @ right.T  # diagonal if the vectors are the same
-    values = inside.diagonal()
-    # Five steps cannot lift what starts at almost nothing.
-    lifted = values[before > 0.005 * matrix.norm()]
-    assert len(lifted) > 60
-    assert lifted.min() > 0.6
-    assert values.max() < 1.3
-    assert (inside - torch.diag(values)).abs().max() < 0.1
-    exact = left @ right
-    cosine = (ours * exact).sum() / ours.norm() / exact.norm()
-    assert cosine > 0.97
+    batch = torch.randn(3, *shape) * torch.tensor([1e-3, 1, 1e3])[:, None, None]
+    for matrix, ours in zip(batch, tg.orthogonalize(batch, 5).double(), strict=True):
+        left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        inside = left.T @ ours @ right.T  # diagonal if the vectors are the same
+        # Five steps cannot lift what starts at almost nothing, the last 4.
+        lifted = inside[:60, :60]
+        assert (lifted - torch.eye(60)).abs().max() < 0.35
 
 
-@pytest.mark.parametrize("shape", [(5, 24, 16), (3, 16, 24), (4, 16, 16)])
-def test_matrices_of_a_shape_are_orthogonalised_together_as_each_alone(shape):
-    """Though each has a norm of its own."""
-    torch.manual_seed(0)
-    norms = torch.logspace(-3, 3, shape[0])
-    batch = torch.randn(shape) * norms[:, None, None]
-    together = tg.orthogonalize(batch, 5)
-    alone = torch.cat([tg.orthogonalize(matrix[None], 5) for matrix in batch])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+def take_steps(rt, count=1, rates=(0.02,)):
+    """Muon's steps on matrices of several shapes, with a new gradient each time, and a group for each rate.
 
-
-def take_steps(rt, count=1):
-    """Muon's steps on matrices of several shapes, with a new gradient each time. Returns the matrices."""
+    Returns the matrices, their first gradients and the optimizer.
+    """
     torch.manual_seed(3)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     grads = [torch.randn(shape) for shape in SHAPES]
-    muon = tg.Muon([{"params": params, "lr": 0.02}], 5, rt)
-    muon.param_groups[0]["momentum"] = 0.9
+    groups = []
+    for i, rate in enumerate(rates):
+        groups.append({"params": params[i :: len(rates)], "lr": rate, "momentum": 0.9})
+    muon = tg.Muon(groups, 5, rt)
     for step in range(count):
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad.roll(step)
@@ -56,45 +46,38 @@ def take_steps(rt, count=1):
     return params, grads, muon
 
 
-def follow_formula(start, grad, count):
+def follow_formula(p, grad, count, rate):
     """Muon on one matrix, in float64 but for the orthogonalisation."""
-    p = start.double()
-    momentum = torch.zeros_like(p)
+    momentum = 0
     rows, cols = p.shape
+    rate *= max(1, rows / cols) ** 0.5
     for step in range(count):
         gradient = grad.roll(step).double()
         momentum = 0.9 * momentum + gradient
         nesterov = gradient + 0.9 * momentum
         update = tg.orthogonalize(nesterov.float()[None], 5)[0].double()
-        p = p - 0.02 * max(1, rows / cols) ** 0.5 * update
+        p = p - rate * update
     return p
 
 
 def test_muon_follows_its_formula(rt):
     start, _, _ = take_steps(rt, 0)
-    params, grads, _ = take_steps(rt, 3)
-    for before, after, grad in zip(start, params, grads, strict=True):
-        expected = follow_formula(before.detach(), grad, 3)
+    params, grads, _ = take_steps(rt, 3, (0.02, 0.005))
+    for i, after in enumerate(params):
+        rate = 0.005 if i % 2 else 0.02
+        expected = follow_formula(start[i].double(), grads[i], 3, rate)
         # Updates are rounded to bf16: by up to 1/256 of their rates.
-        torch.testing.assert_close(after.detach().double(), expected, atol=2e-4, rtol=0)
+        torch.testing.assert_close(after.double(), expected, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_works_in_the_compute_dtype(dtype, monkeypatch):
-    exact = tg.orthogonalize
+def test_muon_works_in_the_compute_dtype(monkeypatch):
     seen = set()
-
-    def watch(x, steps):
-        update = exact(x, steps)
-        seen.update((x.dtype, update.dtype))
-        return update
-
-    monkeypatch.setattr(tg, "orthogonalize", watch)
-    take_steps(tg.Runtime(CPU, dtype))
-    assert seen == {dtype}
+    monkeypatch.setattr(tg, "orthogonalize", lambda x, steps: seen.add(x.dtype) or x)
+    take_steps(tg.Runtime(CPU, torch.bfloat16))
+    assert seen == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("world", [2, 3, 9])
+@pytest.mark.parametrize("world", [2, 9])
 def test_muon_shares_its_work_by_one_all_reduce(rt, monkeypatch, world):
     """Each matrix is one rank's work, and none has more than one above its share.
 
@@ -104,58 +87,42 @@ def test_muon_shares_its_work_by_one_all_reduce(rt, monkeypatch, world):
     monkeypatch.setattr(tg.Runtime, "sum", lambda rt, flat: sent.append(flat.clone()))
     _, _, alone = take_steps(rt)
     sizes = [rows * cols for rows, cols in SHAPES]
-    filled = []
     for rank in range(world):
         _, _, muon = take_steps(replace(rt, rank=rank, world=world))
-        filled.append([bool(part.any()) for part in sent[-1].split(sizes)])
-        for mine, whole in zip(muon.state.values(), alone.state.values(), strict=True):
-            assert torch.equal(mine["momentum_buffer"], whole["momentum_buffer"])
+        states = [each.state_dict()["state"] for each in (muon, alone)]
+        torch.testing.assert_close(*states, atol=0, rtol=0)
     whole, *parts = sent
     assert len(parts) == world
     assert whole.dtype == torch.bfloat16
-    assert torch.equal(whole, torch.stack(parts).sum(0))
-    assert torch.tensor(filled).sum(0).tolist() == [1] * len(SHAPES)
-    assert max(map(sum, filled)) == -(-len(SHAPES) // world)
+    stacked = torch.stack(parts)
+    assert torch.equal(whole, stacked.sum(0))
+    filled = torch.stack([part.any(1) for part in stacked.split(sizes, dim=1)])
+    assert (filled.sum(1) == 1).all()
+    assert filled.sum(0).max() == -(-len(SHAPES) // world)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_has_one_optimizer_and_its_rate(rt, tied):
-    model = tiny_model(tiny_config(tie_embeddings=tied), rt)
-    names = {p: name for name, p in model.named_parameters()}
-    found = []
+def test_every_parameter_has_the_optimizer_and_the_rate_of_its_role(rt, tied):
+    """Also a matrix that a fork gave a rate of its own."""
+    model = tiny_model(tiny_config(tie_embeddings=tied, scalar_lr=0.01), rt)
+    model.blocks[1].mlp.fc.weight.role = tg.Role("muon", "scalar_lr")
     muon, adam = tg.build_optimizers(model, rt)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {}
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
-            how = (type(optimizer), group["base_lr"])
-            found += [(names[p], how) for p in group["params"]]
-    assert len(found) == len(names)
-    expected = {}
-    for name in names.values():
-        is_matrix = name.startswith("blocks.") and name.endswith(".weight")
-        expected[name] = (tg.Muon if is_matrix else torch.optim.Adam, 0.04)
-    expected["tok_emb.weight"] = (torch.optim.Adam, 0.05 if tied else 0.6)
+            assert group["lr"] == group["base_lr"]
+            found |= {names[p]: (optimizer, group["lr"]) for p in group["params"]}
+    expected = dict.fromkeys(names.values(), (adam, 0.01))
+    for name in expected:
+        if name.startswith("blocks.") and name.endswith(".weight"):
+            expected[name] = (muon, 0.04)
+    expected["blocks.1.mlp.fc.weight"] = (muon, 0.01)
+    expected["tok_emb.weight"] = (adam, 0.05 if tied else 0.6)
     if not tied:
-        expected["lm_head.weight"] = (torch.optim.Adam, 0.008)
-    assert dict(found) == expected
+        expected["lm_head.weight"] = (adam, 0.008)
+    assert found == expected
     assert (adam.defaults["betas"], adam.defaults["eps"]) == ((0.9, 0.95), 1e-8)
-
-
-def test_muon_takes_the_rate_that_a_role_names(rt):
-    """A fork's matrix may have a rate of its own; its step is that of Muon alone on it."""
-    model = tiny_model(tiny_config(scalar_lr=0.01), rt)
-    weight = model.blocks[1].mlp.fc.weight
-    weight.role = tg.Role("muon", "scalar_lr")
-    muon, _ = tg.build_optimizers(model, rt)
-    rates = {group["lr"]: len(group["params"]) for group in muon.param_groups}
-    assert rates == {0.04: 3 * 6 - 1, 0.01: 1}
-    start = {p: p.detach().clone() for p in model.parameters()}
-    for p in start:
-        p.grad = torch.randn_like(p)
-    muon.step()
-    alone = tg.orthogonalize(weight.grad[None], 5)[0].bfloat16() * 2**0.5
-    torch.testing.assert_close(weight, start[weight] - 0.01 * alone, atol=1e-3, rtol=0)
-    other = model.blocks[0].mlp.fc.weight
-    assert (other - start[other]).abs().mean() > 2 * (weight - start[weight]).abs().mean()
 
 
 def test_a_parameter_without_a_role_is_noticed(rt):
@@ -165,30 +132,31 @@ def test_a_parameter_without_a_role_is_noticed(rt):
         tg.build_optimizers(model, rt)
 
 
-def scales(cfg, *moments):
-    return [tg.schedule(step, elapsed_ms, cfg)[0] for step, elapsed_ms in moments]
+CAPPED = {"iterations": 10**6, "warmdown_iters": 20, "max_wallclock_seconds": 100.0}
 
 
-def test_schedule_without_a_cap():
-    cfg = tiny_config(iterations=100, warmdown_iters=40)
-    moments = [(step, 1e9) for step in (0, 60, 80, 99, 100)]
-    assert scales(cfg, *moments) == pytest.approx([1, 1, 0.5, 0.025, 0])
-
-
-def test_schedule_under_a_cap():
-    """100 s at 1 s a step: the last 20 steps fall linearly; a slower pace starts earlier."""
-    cfg = tiny_config(iterations=10**6, warmdown_iters=20, max_wallclock_seconds=100.0)
-    moments = [(step, 1000.0 * step) for step in (0, 1, 79, 80, 90, 100)]
-    assert scales(cfg, *moments) == pytest.approx([1, 1, 1, 1, 0.5, 0])
-    slower = scales(cfg, (30, 60_000), (35, 70_000))
-    assert slower == pytest.approx([1, 30 / 40])
-    without = replace(cfg, warmdown_iters=0)
-    assert scales(without, (99, 99_000)) == [1]
+@pytest.mark.parametrize(
+    ("settings", "moments"),  # settings, and the scale at each (step, seconds)
+    [
+        (
+            {"iterations": 100, "warmdown_iters": 40},
+            {(0, 1e6): 1, (80, 1e6): 0.5, (100, 1e6): 0},
+        ),
+        # 1 s a step: the last 20 steps fall linearly; a slower pace starts earlier.
+        (CAPPED, {(0, 0): 1, (90, 90): 0.5}),
+        (CAPPED, {(30, 60): 1, (35, 70): 0.75, (60, 120): 0}),
+        (CAPPED | {"warmdown_iters": 0}, {(99, 99): 1}),
+    ],
+)
+def test_the_scale_of_rates(settings, moments):
+    cfg = tiny_config(**settings)
+    for (step, seconds), scale in moments.items():
+        assert tg.schedule(step, 1000.0 * seconds, cfg)[0] == pytest.approx(scale)
 
 
 def test_momentum_warms_up():
     cfg = tiny_config()
-    momenta = [tg.schedule(step, 0, cfg)[1] for step in (0, 250, 500, 9999)]
-    assert momenta == pytest.approx([0.85, 0.90, 0.95, 0.95])
-    at_once = replace(cfg, muon_momentum_warmup_steps=0)
+    momenta = [tg.schedule(step, 0, cfg)[1] for step in (0, 250, 999)]
+    assert momenta == pytest.approx([0.85, 0.90, 0.95])
+    at_once = tiny_config(muon_momentum_warmup_steps=0)
     assert tg.schedule(0, 0, at_once)[1] == 0.95
