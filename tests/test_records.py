@@ -509,6 +509,7 @@ def test_the_track_follows_from_the_log(log, case):
 
 NO_RECORD = r"""
 ("doc".*"partial": )false => \1true => a partial run
+MAX_VAL_DOCS=0 => MAX_VAL_DOCS=9 => a partial run
 EVAL_ONLY=0 => EVAL_ONLY=1 => nothing trained
 ^step:1/.*\n =>  => 2 as the first step
 ^step:.*train_loss.*\n =>  => None as the first step
