@@ -42,42 +42,39 @@ def tokenizer():
     return tg.load_tokenizer(str(TOKENIZER), 1024)
 
 
-def documents(tokenizer, texts, table=None):
-    ids = [i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]]
-    return tg.split_documents(
-        np.array(ids), tokenizer.bos_id(), 0, table or tg.ByteTable.build(tokenizer), CPU
-    )
+def audit(tokenizer, texts, table=None):
+    """What the audit says of documents, given as texts or as ids, whose bytes this table counts."""
+    table = table or tg.ByteTable.build(tokenizer)
+    ids = []
+    for text in texts:
+        ids += [tokenizer.bos_id(), *(tokenizer.encode(text) if isinstance(text, str) else text)]
+    docs = tg.split_documents(np.array(ids), tokenizer.bos_id(), 0, table, CPU)
+    return tg.audit_bytes(docs, table, tokenizer)
 
 
-def changed_table(tokenizer, **columns):
-    table = tg.ByteTable.build(tokenizer)
-    for name, change in columns.items():
-        change(getattr(table, name))
-    return table
-
-
-TEXTS = ["the first of all texts", "Crème brûlée 漢字 🙂 fine", "tabs\tand  two spaces", "the end"]
+def renamed(**pieces):
+    """The tokenizer with other pieces in the place of some, each of as many bytes."""
+    model = TOKENIZER.read_bytes()
+    for old, new in pieces.items():
+        entry, changed = (b"\x0a%c%b\x15" % (len(p.encode()), p.encode()) for p in (old, new))
+        assert model.count(entry) == 1
+        model = model.replace(entry, changed)
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def test_a_right_table_passes(tokenizer):
-    table = tg.ByteTable.build(tokenizer)
-    found = tg.audit_bytes(documents(tokenizer, TEXTS), table, tokenizer)
-    size = sum(len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS)
-    assert found == f"documents:4 of:4 table_bytes:{size} text_bytes:{size}"
+    texts = ["the first of all texts", "Crème brûlée 漢字 🙂 fine", "tabs\tand  two spaces", "the end"]
+    size = sum(len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in texts)
+    assert audit(tokenizer, texts) == f"documents:4 of:4 table_bytes:{size} text_bytes:{size}"
 
 
 def test_random_tokens_pass(tokenizer):
     """Control pieces, broken UTF-8 and spaces after either: the rules hold for any stream."""
-    ids = np.random.default_rng(0).integers(0, 1024, 20_000)
-    ids[::50] = tokenizer.bos_id()
-    table = tg.ByteTable.build(tokenizer)
-    docs = tg.split_documents(ids, tokenizer.bos_id(), 0, table, CPU)
-    tg.audit_bytes(docs, table, tokenizer)
+    audit(tokenizer, np.random.default_rng(0).integers(0, 1024, (400, 50)))
 
 
 def test_a_sample_of_200_at_least(tokenizer):
-    docs = documents(tokenizer, ["some words"] * 1000)
-    found = tg.audit_bytes(docs, tg.ByteTable.build(tokenizer), tokenizer)
+    found = audit(tokenizer, ["some words"] * 1000)
     assert 200 <= int(re.search(r"documents:(\d+) of:1000 ", found)[1]) < 1000
 
 
@@ -86,101 +83,47 @@ def test_a_sample_of_200_at_least(tokenizer):
 )
 def test_a_wrong_piece_is_named(tokenizer, piece, size, text):
     """A space counted twice; a byte that counts as a whole letter."""
-    index = tokenizer.piece_to_id(piece)
-    assert index in tokenizer.encode(text)
     table = tg.ByteTable.build(tokenizer)
-    table.base[index] = size
-    docs = documents(tokenizer, ["plain", text], table)
+    table.base[tokenizer.piece_to_id(piece)] = size
     with pytest.raises(tg.UserError, match=rf"audit bytes: .* are the pieces \['{piece}'\]"):
-        tg.audit_bytes(docs, table, tokenizer)
+        audit(tokenizer, ["plain", text], table)
 
 
 def test_a_space_that_opens_a_document_is_no_text(tokenizer):
     """The audit takes nothing from the table, which here takes BOS for text."""
     table = tg.ByteTable.build(tokenizer)
     table.is_text[tokenizer.bos_id()] = True
-    stream = np.array([1, tokenizer.piece_to_id("▁the"), 1])
-    docs = tg.split_documents(stream, tokenizer.bos_id(), 0, table, CPU)
     with pytest.raises(tg.UserError, match=r"audit bytes: .* 4 bytes .* has 3; .*how pieces join"):
-        tg.audit_bytes(docs, table, tokenizer)
+        audit(tokenizer, [[tokenizer.piece_to_id("▁the")]], table)
 
 
-def test_a_tokenizer_without_a_piece_for_space_is_refused(tmp_path):
+def test_a_tokenizer_without_a_piece_for_space_is_refused():
     """Byte fallback would spell each space in three bytes: the score would look a fifth better."""
-    model = TOKENIZER.read_bytes()
-    entry = b"\x0a\x03\xe2\x96\x81\x15"  # the piece "▁" in the serialised model
-    assert model.count(entry) == 1
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(model.replace(entry, entry.replace(b"\xe2\x96\x81", b"\xe3\x84\x85")))
-    tokenizer = tg.load_tokenizer(str(path), 1024)
     with pytest.raises(tg.UserError, match="TOKENIZER_PATH: found no piece '▁'"):
-        tg.ByteTable.build(tokenizer)
-
-
-def train_tokenizer(texts, **options):
-    """A tokenizer with byte fallback that keeps every space."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        **options,
-    )
-    return model.getvalue()
+        tg.ByteTable.build(renamed(**{"▁": "ㄅ"}))
 
 
 def test_bytes_and_spaces_alone_pass():
     """Without a letter among its pieces a tokenizer is audited all the same."""
-    model = train_tokenizer(["b b"], model_type="char", vocab_size=262, user_defined_symbols="▁")
-    assert model.count(b"\x0a\x01b\x15") == 1
-    model = model.replace(b"\x0a\x01b\x15", b"\x0a\x01\t\x15")  # its one letter is a tab now
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    docs = documents(tokenizer, ["all of it bytes"])
-    found = tg.audit_bytes(docs, tg.ByteTable.build(tokenizer), tokenizer)
-    assert found == "documents:1 of:1 table_bytes:15 text_bytes:15"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["\x07"]),
+        model_writer=model,
+        model_type="char",
+        byte_fallback=True,
+        vocab_size=260,
+        minloglevel=2,
+    )
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert audit(tokenizer, ["all of it bytes"])
 
 
-@pytest.fixture(scope="module")
-def spaced():
-    """A tokenizer with pieces that hold spaces inside and at their end."""
-    texts = ["the cat sat on  the mat of the hat", "in  the end of  the day on the bay"] * 50
-    symbols = ["▁of▁the▁", "▁▁"]
-    options = dict(model_type="bpe", vocab_size=310, split_by_whitespace=False)
-    model = train_tokenizer(texts, user_defined_symbols=symbols, **options)
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-@pytest.mark.parametrize(
-    "text", ["hat of the mat", "on  the end", "day of the  bay 漢 cat", "the  "]
-)
-def test_spaces_inside_pieces_count_one_byte_each(spaced, text):
-    ids = spaced.encode(text)
-    pieces = [spaced.id_to_piece(i) for i in ids]
-    assert any("▁" in piece[1:] for piece in pieces), pieces
-    table = tg.ByteTable.build(spaced)
-    docs = documents(spaced, [text])
-    assert int(docs.bytes.sum()) == len(spaced.decode(ids).encode()) == len(text.encode())
-    tg.audit_bytes(docs, table, spaced)
-
-
-def test_a_run_that_counts_wrongly_prints_no_score(tmp_path, run_here, monkeypatch):
-    count = tg.ByteTable.count
-
-    def count_spaces_twice(table, previous, target):
-        return count(table, previous, target) + table.leading_space[target]
-
-    monkeypatch.setattr(tg.ByteTable, "count", count_spaces_twice)
-    ended = run_here(tmp_path, **EVAL_ARTIFACT)
-    assert refusal(ended).startswith("error: audit bytes: up to token ")
-    assert "bpb" not in ended.out
+def test_spaces_inside_pieces_count_one_byte_each():
+    tokenizer = renamed(▁first="▁of▁", ▁one="▁▁")
+    of, spaces, letter = tokenizer.piece_to_id(["▁of▁", "▁▁", "a"])
+    texts = [letter, of, of, letter, spaces, letter, spaces], [of, letter, of], [spaces, letter]
+    size = sum(len(tokenizer.decode(ids).encode()) for ids in texts)
+    assert audit(tokenizer, texts) == f"documents:3 of:3 table_bytes:{size} text_bytes:{size}"
 
 
 # -- causality --------------------------------------------------------------------------------------------------------
