@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 import re
 from dataclasses import replace
 
@@ -88,7 +87,7 @@ def test_a_wrong_piece_is_named(tokenizer, piece, size, text):
     table = tg.ByteTable.build(tokenizer)
     table.base[tokenizer.piece_to_id(piece)] = size
     with pytest.raises(tg.UserError, match=rf"audit bytes: .* are the pieces \['{piece}'\]"):
-        audit(tokenizer, ["plain", text], table)
+        audit(tokenizer, [text], table)
 
 
 def test_a_space_that_opens_a_document_is_no_text(tokenizer):
@@ -320,8 +319,8 @@ def test_an_artifact_over_budget_fails(rt, tmp_path, capsys):
     for budget, verdict in ((size, "headroom:0 PASS"), (size - 1, "headroom:-1 FAIL")):
         model.cfg = replace(model.cfg, artifact_budget=budget)
         tg.score_artifact(model, tiny_documents([9]), rt, log)
-        line = f"submission_size:{size} budget:{budget} {verdict}\n"
-        assert capsys.readouterr().out.endswith(line)
+        out = capsys.readouterr().out
+        assert out.endswith(f"submission_size:{size} budget:{budget} {verdict}\n")
 
 
 # -- what is not finite ---------------------------------------------------------------------------------------------
@@ -366,7 +365,7 @@ def test_the_parameter_at_fault_is_named(trainer, clip):
 def test_a_weight_at_fault_is_named(trainer):
     """Finite gradients, an infinite rate: the weight is what goes first."""
     trainer.train_step()
-    trainer.optimizers[0].param_groups[0]["base_lr"] = math.inf
+    trainer.optimizers[0].param_groups[0]["base_lr"] = torch.inf
     trainer.train_step()
     assert_fault(trainer, r"step 2: the weight blocks\.0\.attn\.c_q\.weight .*step 1;")
 
