@@ -122,7 +122,7 @@ def test_spaces_inside_pieces_count_one_byte_each():
     tokenizer = renamed({"▁first": "▁of▁", "▁one": "▁▁"}, TOKENIZER.read_bytes())
     letter = tokenizer.piece_to_id("a")
     of, spaces = tokenizer.piece_to_id(["▁of▁", "▁▁"])
-    texts = [letter, of, of, letter, spaces, letter, spaces], [of, letter], [spaces, letter]
+    texts = [letter, of, of, letter, spaces, letter], [of, letter], [spaces, letter]
     size = sum(len(tokenizer.decode(ids).encode()) for ids in texts)
     assert audit(tokenizer, texts) == f"documents:3 of:3 table_bytes:{size} text_bytes:{size}"
 
