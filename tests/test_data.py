@@ -1,41 +1,37 @@
-"""Shards, the training stream and the validation documents."""
+"""Shards, the training stream, the validation documents, and the bytes of their text."""
+
+import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, EVAL_ARTIFACT, TINY_RUN, tiny_config, tiny_table, write_shard
+from conftest import CONFORMANCE, CPU, EVAL_ARTIFACT, TINY_RUN, tiny_config, tiny_table, write_shard
 
 import train_gpt as tg
 
+TOKENIZER = CONFORMANCE / "tokenizer.model"
 
-def test_shard_round_trip(tmp_path):
-    path = write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5, 65535])
-    assert tg.open_shard(path).tolist() == [1, 5, 65535]
-
-
-def header(*numbers):
-    return np.array([*numbers, *[0] * (256 - len(numbers))], dtype="<i4").tobytes()
+# --- Shards and the training stream ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("numbers", "size", "found"),
     [
-        (b"", "found 0 bytes"),
-        (b"\0" * 1023, "found 1023 bytes"),
-        (header(7, 1, 2) + b"\0" * 4, "magic 7"),
-        (header(20240520, 2, 2) + b"\0" * 4, "version 2"),
-        (header(20240520, 1, 0), "0 tokens"),
-        (header(20240520, 1, -3), "-3 tokens"),
-        (header(20240520, 1, 2**31 - 1) + b"\0" * 4, "2147483647 tokens"),
-        (header(20240520, 1, 1) + b"\0" * 4, "1028 bytes"),
-        (b"tokens\n" * 1000, "found 7000 bytes"),
-        (header(20240520, 1, 3) + b"\0" * 4, "1028 bytes"),
-        (header(20240520, 1, 2) + b"\0" * 5, "1029 bytes"),
+        ((), 0, "found 0 bytes"),
+        ((20240520, 1, 0), 1023, "found 1023 bytes"),
+        ((7, 1, 2), 1028, "magic 7"),
+        ((20240520, 2, 2), 1028, "version 2"),
+        ((20240520, 1, 0), 1024, "0 tokens"),
+        ((20240520, 1, -3), 1024, "-3 tokens"),
+        ((20240520, 1, 1), 1028, "1028 bytes"),
+        ((20240520, 1, 3), 1028, "1028 bytes"),
+        ((20240520, 1, 2), 1029, "1029 bytes"),
     ],
 )
-def test_damaged_shards_are_refused(tmp_path, content, found):
+def test_damaged_shards_are_refused(tmp_path, numbers, size, found):
     path = tmp_path / "fineweb_train_000001.bin"
-    path.write_bytes(content)
+    header = np.array(numbers, dtype="<i4").tobytes()
+    path.write_bytes(header.ljust(size, b"\0"))
     with pytest.raises(tg.UserError) as refused:
         tg.open_shard(path)
     line = str(refused.value)
@@ -44,114 +40,169 @@ def test_damaged_shards_are_refused(tmp_path, content, found):
     assert "expected magic" in line
 
 
-def test_every_header_is_checked_at_once(tmp_path):
+def test_all_shards_are_checked_at_once(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", [1, 2, 3])
     (tmp_path / "fineweb_train_000001.bin").mkdir()
     with pytest.raises(tg.UserError, match="fineweb_train_000001"):
         tg.open_shards(str(tmp_path), "train")
-
-
-def test_missing_shards_are_refused(tmp_path):
     with pytest.raises(tg.UserError, match=r"found no fineweb_val_\*.bin"):
         tg.open_shards(str(tmp_path), "val")
 
 
 def test_stream_reads_shards_in_order_and_wraps(tmp_path):
-    parts = [np.arange(4, 11), np.arange(11, 14), np.arange(14, 34)]
-    for i, part in enumerate(parts):
+    tokens = np.arange(65506, 65536)
+    for i, part in enumerate(np.split(tokens, [7, 10])):
         write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", part)
     stream = tg.TokenStream(tg.open_shards(str(tmp_path), "train"))
-    everything = np.tile(np.arange(4, 34), 4)
+    everything = np.tile(tokens, 4).tolist()
     for start in range(45):
-        for count in (1, 3, 10, 64):
-            assert stream.read(start, count).tolist() == everything[start : start + count].tolist()
+        for count in (1, 10, 64):
+            assert stream.read(start, count).tolist() == everything[start : start + count]
 
 
-def micro_steps(world, rank, cfg, tokens, steps):
-    """The batches that rank `rank` of `world` sees in `steps` optimizer steps."""
-    stream = tg.TokenStream([tokens])
-    rt = tg.Runtime(CPU, torch.float32, rank=rank, world=world)
-    return [stream.next_batch(cfg, rt) for _ in range(steps * cfg.grad_accum_steps)]
-
-
-def test_micro_step_follows_the_published_layout():
-    """(local + 1) * world tokens a micro-step, rank r takes span r, targets are inputs shifted by one."""
-    tokens = (np.arange(1000) % 90 + 4).astype(np.uint16)
-    cfg = tiny_config(train_batch_tokens=256, train_seq_len=32, grad_accum_steps=2)
-    for rank in (0, 1):
-        for micro, (x, y) in enumerate(micro_steps(2, rank, cfg, tokens, 3)):
-            span = tokens[(2 * micro + rank) * 65 : (2 * micro + rank + 1) * 65].astype(int)
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_micro_steps_follow_the_published_layout(world):
+    """They read the stream span by span, rank after rank: its order is that of any world size."""
+    tokens = np.arange(5000) % 90
+    cfg = tiny_config(train_batch_tokens=512, train_seq_len=32, grad_accum_steps=8 // world)
+    for rank in range(world):
+        stream = tg.TokenStream([tokens])
+        rt = tg.Runtime(CPU, torch.float32, rank=rank, world=world)
+        for micro in range(2 * cfg.grad_accum_steps):
+            span = tokens[65 * (micro * world + rank) :][:65]
+            x, y = stream.next_batch(cfg, rt)
             assert x.tolist() == span[:-1].reshape(2, 32).tolist()
             assert y.tolist() == span[1:].reshape(2, 32).tolist()
 
 
-def test_order_of_tokens_does_not_depend_on_world_size():
-    tokens = (np.arange(5000) % 90 + 4).astype(np.uint16)
-
-    def order(world):
-        cfg = tiny_config(train_batch_tokens=512, train_seq_len=32, grad_accum_steps=8 // world)
-        ranks = [micro_steps(world, rank, cfg, tokens, 2) for rank in range(world)]
-        return [batch[0].tolist() for together in zip(*ranks, strict=True) for batch in together]
-
-    assert order(1) == order(2) == order(4) == order(8)
+# --- The validation documents ----------------------------------------------------------------------
 
 
-def test_documents_reach_to_the_next_bos():
-    docs = tg.split_documents(np.array([1, 5, 6, 1, 1, 7, 1, 8, 9]), 1, 0, tiny_table(96), CPU)
-    assert docs.starts.tolist() == [0, 3, 4, 6]
-    assert docs.predictions.tolist() == [3, 1, 2, 2]
-    assert docs.beyond_limit == 0
+def split(digits, limit=0):
+    """The documents of a stream in which every digit is a token and 1 is BOS."""
+    return tg.split_documents(np.array([*map(int, digits)]), 1, limit, tiny_table(96), CPU)
 
 
-def test_what_is_left_out_is_counted():
-    docs = tg.split_documents(np.array([5, 6, 7, 1, 8, 1]), 1, 0, tiny_table(96), CPU)
-    assert (docs.starts.tolist(), docs.predictions.tolist()) == ([3], [2])
-    assert docs.beyond_limit == 0
+@pytest.mark.parametrize(
+    ("digits", "limit", "starts", "predictions", "beyond"),
+    [
+        ("156117189", 0, [0, 3, 4, 6], [3, 1, 2, 2], 0),
+        ("567181", 0, [3], [2], 0),
+        ("156178914", 0, [0, 3, 7], [3, 4, 1], 0),
+        ("156178914", 2, [0, 3], [3, 4], 1),
+        ("156178914", 9, [0, 3, 7], [3, 4, 1], 0),
+    ],
+)
+def test_documents_reach_to_the_next_bos(digits, limit, starts, predictions, beyond):
+    docs = split(digits, limit)
+    assert docs.starts.tolist() == starts
+    assert docs.predictions.tolist() == predictions
+    assert docs.beyond_limit == beyond
+    assert len(docs.tokens) == len(digits) - beyond
 
 
-def test_limit_keeps_the_closing_bos():
-    stream = np.array([1, 5, 6, 1, 7, 8, 9, 1, 10])
-    docs, whole, beyond = (
-        tg.split_documents(stream, 1, limit, tiny_table(96), CPU) for limit in (2, 0, 9)
-    )
-    assert docs.beyond_limit == 1
-    assert (docs.starts.tolist(), docs.predictions.tolist(), len(docs.tokens)) == (
-        [0, 3],
-        [3, 4],
-        8,
-    )
-    assert whole.predictions.tolist() == beyond.predictions.tolist() == [3, 4, 1]
-
-
-@pytest.mark.parametrize("stream", [[5, 6, 7], [1], [5, 1]])
-def test_nothing_to_predict_is_refused(stream):
+@pytest.mark.parametrize("digits", ["567", "1", "51", "100"])
+def test_nothing_to_predict_is_refused(digits):
+    """Token 0 is a control piece, which stands for no text."""
     with pytest.raises(tg.UserError, match="nothing to predict"):
-        tg.split_documents(np.array(stream), 1, 0, tiny_table(96), CPU)
+        split(digits)
 
 
-def load(rt, tmp_path, val, train=(1, 5, 6), **env):
-    write_shard(tmp_path / "fineweb_val_000000.bin", val)
-    write_shard(tmp_path / "fineweb_train_000000.bin", [1, 5, 6] * 50)
-    write_shard(tmp_path / "fineweb_train_000001.bin", train)
-    env = TINY_RUN | {"DATA_PATH": str(tmp_path)} | env
+def load(rt, folder, **env):
+    """What the program starts from, with the shards in this folder."""
+    env = TINY_RUN | {"DATA_PATH": str(folder)} | env
     return tg.load_inputs(tg.read_config(env), rt, tg.RunLog())
 
 
-def test_validation_ids_are_checked_to_the_last_token(rt, tmp_path):
-    with pytest.raises(tg.UserError, match="token id 1024, expected at most 1023"):
-        load(rt, tmp_path, [1, 5] * 500 + [1024])
-
-
-def test_training_ids_are_checked_to_the_last_shard(rt, tmp_path):
-    inputs = load(rt, tmp_path, [1, 5] * 500, train=[1, 1023])
-    assert inputs.stream.read(150, 2).tolist() == [1, 1023]
-    with pytest.raises(tg.UserError, match="token id 1024, expected at most 1023"):
-        load(rt, tmp_path, [1, 5] * 500, train=[1, 1024])
+def test_ids_are_checked_to_the_last_token_of_the_last_shard(rt, tmp_path):
+    write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5])
+    write_shard(tmp_path / "fineweb_train_000000.bin", [1, 5, 6] * 50)
+    write_shard(tmp_path / "fineweb_train_000001.bin", [1, 1023])
+    assert load(rt, tmp_path).stream.read(150, 2).tolist() == [1, 1023]
+    for name in ("train_000001", "val_000000"):
+        write_shard(tmp_path / f"fineweb_{name}.bin", [1, 5, 1024])
+        with pytest.raises(
+            tg.UserError, match=rf"{name}.bin: token id 1024, expected at most 1023"
+        ):
+            load(rt, tmp_path)
+        write_shard(tmp_path / f"fineweb_{name}.bin", [1, 5])
 
 
 def test_eval_only_needs_no_training_shards(rt, tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5] * 150)
-    env = TINY_RUN | EVAL_ARTIFACT | {"MAX_VAL_DOCS": "0", "DATA_PATH": str(tmp_path)}
-    assert tg.load_inputs(tg.read_config(env), rt, tg.RunLog()).stream.shards == []
+    assert load(rt, tmp_path, **EVAL_ARTIFACT).stream.shards == []
     with pytest.raises(tg.UserError, match="found no fineweb_train"):
-        tg.load_inputs(tg.read_config(env | {"EVAL_ONLY": "0"}), rt, tg.RunLog())
+        load(rt, tmp_path)
+
+
+# --- Bytes -----------------------------------------------------------------------------------------
+
+TEXTS = [
+    "plain words, punctuation; and (brackets)!",
+    "Crème brûlée für Ålesund, naïve façade — “quoted” … ½ ﬁne",
+    "emoji 🙂🚀 and 👩‍👩‍👧 families, 漢字 עברית 🂡",
+    "tabs\tbetween\twords\nand lines\n\n  indented",
+    "a",
+    "▁ a real low line ▁▁",
+    "trailing space ",
+    "x\u00a0y\u3000z\u200b",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tg.load_tokenizer(str(TOKENIZER), 1024)
+
+
+def table_bytes(tokenizer, ids):
+    """Bytes of each token of a document, which BOS opens."""
+    table = tg.ByteTable.build(tokenizer)
+    ids = np.array([tokenizer.bos_id(), *ids])
+    return table.count(ids[:-1], ids[1:]).tolist()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_table_counts_the_utf8_bytes_of_the_decoded_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert sum(table_bytes(tokenizer, ids)) == len(tokenizer.decode(ids).encode())
+
+
+def test_pieces_by_kind(tokenizer):
+    """The rules one by one. A leading space counts only after text, as the decoder has it."""
+    ids = tokenizer.piece_to_id(["a", "▁the", "<0xE2>", "▁"])
+    assert table_bytes(tokenizer, ids) == [1, 4, 1, 1]
+    for silent in ("bos", "eos", "pad", "unk"):
+        ids[0] = getattr(tokenizer, f"{silent}_id")()
+        assert table_bytes(tokenizer, [5, *ids]) == [1, 0, 3, 1, 1]
+
+
+def test_unusable_tokenizers_are_refused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    for content in (None, b"", b"not a model", TOKENIZER.read_bytes()[:10_000]):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(tg.UserError, match=r"TOKENIZER_PATH=.*expected the SentencePiece"):
+            tg.load_tokenizer(str(path), 1024)
+    with pytest.raises(tg.UserError, match=r"found 1024 pieces.*BOS and 512 pieces"):
+        tg.load_tokenizer(str(TOKENIZER), 512)
+
+
+def test_damaged_tokenizers_are_refused_or_work(tmp_path):
+    """Copies with one bit flipped: some are no text any more, most still tokenise."""
+    rng = random.Random(5)
+    path = tmp_path / "damaged.model"
+    stream = np.append(1, rng.choices(range(1024), k=200))
+    refused = []
+    for _ in range(60):
+        damaged = bytearray(TOKENIZER.read_bytes())
+        damaged[rng.randrange(20_000)] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            tokenizer = tg.load_tokenizer(str(path), 1024)
+            table = tg.ByteTable.build(tokenizer)
+            docs = tg.split_documents(stream, 1, 0, table, CPU)
+            tg.audit_bytes(docs, table, tokenizer)
+        except tg.UserError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 60
+    assert "TOKENIZER_PATH" in "".join(refused)
