@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import EVAL_ARTIFACT, ROOT, TINY_RUN, run_forked, tiny_config
+from conftest import ROOT, run_forked, tiny_config
 
 import train_gpt as tg
 
@@ -21,46 +21,23 @@ def test_importing_does_nothing(tmp_path):
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
 
 
-def run_here(env):
-    """Run the program in this process, with a log on the console alone."""
-    cfg = tg.read_config(env)
-    log = tg.RunLog(run_id="test")
-    log.claim_folder(tg.Path(cfg.out_dir))
-    tg.run(cfg, tg.Runtime.create(cfg, {}), log)
-    os.close(log.lock)
-
-
-def test_every_tensor_names_its_device(tmp_path, monkeypatch):
+def test_every_tensor_names_its_device(tmp_path, monkeypatch, run_here):
     """With meta as the default device, a tensor made without one has no data and breaks its user."""
-    brief = {"ITERATIONS": "2", "MAX_VAL_DOCS": "3", "GRAD_CLIP_NORM": "1"}
-    env = TINY_RUN | brief | {"OUT_DIR": str(tmp_path)}
+    brief = {"ITERATIONS": "2", "MAX_VAL_DOCS": "3", "GRAD_CLIP_NORM": "1", "RESUME": "auto"}
     artifact = str(tmp_path / "final_model.int8.ptz")
     # Progress bars ask the device, too.
     monkeypatch.setattr(tg.sys.stderr, "isatty", lambda: True, raising=False)
     torch.set_default_device("meta")
     try:
-        run_here(env)
-        run_here(env | {"EVAL_ONLY": "1", "MODEL_PATH": artifact})
+        for more in ({}, {"EVAL_ONLY": "1", "MODEL_PATH": artifact}):
+            done = run_here(tmp_path, **brief | more)
+            assert done.status == 0, done.err
     finally:
         torch.set_default_device(None)
 
 
-def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    tg.write_atomically(path, b"first")
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tg.os, "fsync", full_disk)
-    with pytest.raises(OSError, match=f"{path}: No space left"):
-        tg.write_atomically(path, b"second")
-    assert path.read_bytes() == b"first"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_is_replaced_and_never_written_into(tmp_path):
-    """Whoever holds the old file, by another name or open, keeps it whole."""
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Whoever holds the old file, by another name or open, keeps it; nothing else stays."""
     path = tmp_path / "file"
     other = tmp_path / "other"
     tg.write_atomically(path, b"first")
@@ -69,6 +46,14 @@ def test_a_file_is_replaced_and_never_written_into(tmp_path):
         tg.write_atomically(path, b"second")
         assert path.read_bytes() == b"second"
         assert other.read_bytes() == reader.read() == b"first"
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tg.os, "fsync", full_disk)
+    with pytest.raises(OSError, match=f"{path}: No space left"):
+        tg.write_atomically(path, b"third")
+    assert path.read_bytes() == b"second" and {*tmp_path.iterdir()} == {path, other}
 
 
 @pytest.mark.parametrize(
@@ -91,25 +76,6 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     expected = "error: DEVICE=cuda: 1 ranks on this machine, found 0 GPUs; start fewer ranks"
     assert done.stderr.splitlines() == [expected]
-
-
-def test_log_file_holds_source_versions_and_everything_printed(tmp_path):
-    done = run_forked(tmp_path, **EVAL_ARTIFACT | {"EVAL": "flat"})
-    log = (tmp_path / "logs" / "test.txt").read_text()
-    assert done.returncode == 0, done.stderr
-    assert log.startswith(tg.source_code() + "\n" + "=" * 100 + "\n")
-    assert f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n" in log
-    assert re.search(r"\nattempt:1\nstarted:.*\ncommand: .*\nconfig: .* SEED=1337 ", log)
-    assert log.endswith(done.stdout) and "\r" not in done.stdout + done.stderr
-
-
-def test_a_refusal_is_raised_as_one_line(rt):
-    def refuse():
-        raise tg.UserError("thing: found this, expected that")
-
-    with pytest.raises(tg.UserError, match=r"^thing: found this, expected that$"):
-        rt.together(refuse)
-    assert rt.together(lambda: 5) == 5
 
 
 def test_an_unwritable_out_dir_is_refused(tmp_path):
