@@ -13,19 +13,18 @@ import train_gpt as tg
 
 def norm(x):
     """x / rms(x) over the last dimension."""
-    eps = torch.finfo(torch.float32).eps
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    square = x.square().mean(-1, keepdim=True)
+    return x / (square + 1.2e-7).sqrt()
 
 
 def turn(x, base):
-    """One head's vectors (T, N), their halves rotated by position x frequency."""
-    first, second = x.chunk(2, dim=1)
+    """One head's vectors (T, N), normed, their halves rotated by position x frequency."""
+    first, second = norm(x).chunk(2, dim=1)
     steps = torch.arange(first.size(1)).double()
     frequency = base ** (-steps / len(steps))
     angle = torch.arange(len(x))[:, None] * frequency
-    cos = angle.cos()
-    sin = angle.sin()
-    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=1)
+    turned = torch.complex(first, second) * torch.exp(-1j * angle)
+    return torch.cat((turned.real, turned.imag), dim=1)
 
 
 def reference_attention(w, cfg, n):
@@ -37,8 +36,8 @@ def reference_attention(w, cfg, n):
     for head in range(cfg.num_heads):
         own = slice(head * dim, (head + 1) * dim)
         shared = slice(head // share * dim, (head // share + 1) * dim)
-        queries = turn(norm(n @ w["c_q.weight"][own].T), cfg.rope_base)
-        keys = turn(norm(n @ w["c_k.weight"][shared].T), cfg.rope_base)
+        queries = turn(n @ w["c_q.weight"][own].T, cfg.rope_base)
+        keys = turn(n @ w["c_k.weight"][shared].T, cfg.rope_base)
         scores = w["q_gain"][head] * queries @ keys.T / math.sqrt(dim)
         weights = (scores + future).softmax(-1)
         out.append(weights @ n @ w["c_v.weight"][shared].T)
@@ -96,20 +95,17 @@ def test_initial_weights_come_from_the_seed():
         return tg.build_model(cfg, torch.bfloat16).state_dict()
 
     w = draw(seed=7)
-    again = draw(seed=7)
-    assert all(torch.equal(tensor, again[name]) for name, tensor in w.items())
+    torch.testing.assert_close(draw(seed=7), w, atol=0, rtol=0)
     emb = w.pop("tok_emb.weight")
     assert not torch.equal(emb, draw(seed=8)["tok_emb.weight"])
     assert emb.dtype is torch.bfloat16
     assert emb.float().std().item() == pytest.approx(0.005, rel=0.02)
     assert all(tensor.dtype is torch.float32 for tensor in w.values())
-    block = part_of(w, "blocks.1.")
-    for name in ("attn.proj.weight", "mlp.proj.weight"):
-        assert not block[name].any()
-    for name in ("attn_scale", "mlp_scale"):
-        assert (block[name] == 1).all()
-    assert (block["attn.q_gain"] == 1.5).all()
-    assert (block["resid_mix"] == torch.tensor([[1.0], [0.0]])).all()
+    values = {"attn_scale": 1, "mlp_scale": 1, "attn.q_gain": 1.5}
+    values |= {"attn.proj.weight": 0, "mlp.proj.weight": 0}
+    for name, value in values.items():
+        assert (w[f"blocks.2.{name}"] == value).all(), name
+    assert (w["blocks.2.resid_mix"] == torch.tensor([[1.0], [0.0]])).all()
     assert (w["skip_weights"] == 1).all()
     untied = draw(tie_embeddings=False)
     assert not untied["lm_head.weight"].any()
@@ -127,7 +123,7 @@ def test_residual_stream_and_products_are_bf16_and_losses_fp32():
     for module in model.modules():
         if isinstance(module, (tg.Block, tg.Linear, tg.TiedHead)):
             module.register_forward_hook(note)
-    ids = torch.zeros(1, 8, dtype=torch.int64)
+    ids = torch.arange(8)[None]
     assert model(ids, ids).dtype is torch.float32
     assert seen == {torch.bfloat16}
 
@@ -140,27 +136,25 @@ def test_a_frozen_copy_scores_the_same_and_keeps_its_gains(tied):
     copied = tg.frozen(model)
     assert torch.equal(copied(ids, ids.flip(0)), model(ids, ids.flip(0)))
     for name, p in copied.named_parameters():
-        is_matrix = name.endswith(".weight")
-        assert p.dtype is (torch.bfloat16 if is_matrix else torch.float32), name
+        assert (p.dtype is torch.bfloat16) == name.endswith(".weight"), name
         assert not p.requires_grad
     assert (copied.lm_head.weight is copied.tok_emb.weight) == tied
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("length", [1, 16, 70])
 def test_our_attention_is_torchs(dtype, tolerance, length):
     """Values and gradients of torch's own in fp64, over less than a block, one and several."""
     torch.manual_seed(0)
-    inputs = [torch.randn(2, length, heads, 8).transpose(1, 2).to(dtype) for heads in (6, 2, 2)]
-    weight = torch.randn(2, 6, length, 8)
+    inputs = [torch.randn(2, heads, length, 8).to(dtype) for heads in (6, 2, 2)]
     future = torch.full((2, length, length), -math.inf).triu(1)
 
     def results(attend, dtype):
-        """The output and the gradients of its weighted sum."""
+        """The output and the gradients of the sum of its sines."""
         leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
         out = attend(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, weight.to(dtype))]
+        return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
 
     theirs = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     blocked = functools.partial(tg.causal_attention, block=16)
@@ -169,4 +163,4 @@ def test_our_attention_is_torchs(dtype, tolerance, length):
     for attend in (blocked, masked):
         for ours, expected in zip(results(attend, dtype), exact, strict=True):
             assert ours.dtype is dtype
-            torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
+            assert (ours - expected).norm() <= tolerance * expected.norm()
