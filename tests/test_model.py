@@ -69,7 +69,8 @@ def reference_logits(model, cfg, ids):
         if i < half:
             stack.append(x)
     head = w["tok_emb.weight" if cfg.tie_embeddings else "lm_head.weight"]
-    return cfg.logit_softcap * torch.tanh(norm(x) @ head.T / cfg.logit_softcap)
+    logits = norm(x) @ head.T
+    return cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)
 
 
 UNTIED = {"num_layers": 4, "tie_embeddings": False, "mlp_mult": 3, "num_kv_heads": 4}
@@ -163,4 +164,5 @@ def test_our_attention_is_torchs(dtype, tolerance, length):
     for attend in (blocked, masked):
         for ours, expected in zip(results(attend, dtype), exact, strict=True):
             assert ours.dtype is dtype
-            assert (ours - expected).norm() <= tolerance * expected.norm()
+            error = ours - expected
+            assert error.norm() <= tolerance * expected.norm()
