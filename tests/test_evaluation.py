@@ -232,6 +232,15 @@ def test_positions_far_out_lose_no_precision(rt, monkeypatch, far):
     assert error.max() < 1e-5
 
 
+def test_rotary_angles_are_built_in_double_precision(rt):
+    model = tiny_model(tiny_config(), rt)
+    steps = torch.arange(4, dtype=torch.float64)
+    angle = 130_000 * 10000.0 ** (-steps / 4)
+    cos, sin = model.rope(torch.tensor(130_000))
+    assert (cos - angle.cos()).abs().max() < 1e-7
+    assert (sin - angle.sin()).abs().max() < 1e-7
+
+
 def test_a_cache_does_not_grow(rt, monkeypatch):
     """It holds a window for each slot that was in use, however long the documents."""
     original = tg.KVCache.advance
