@@ -133,7 +133,7 @@ def test_batched_evaluation_equals_one_document_at_a_time(rt, settings):
     how = tiny_condition(cfg, **settings)
     expected = reference(model, docs, how, rt)
     found = losses_of(model, docs, how, rt)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("world", [2, 16])
