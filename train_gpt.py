@@ -2160,7 +2160,7 @@ def infer_shape(state: dict, cfg: Config, path: Path) -> Config:
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
-            mlp_mult=len(state["blocks.0.mlp.fc.weight"]) // dim,
+            mlp_mult=max(1, len(state["blocks.0.mlp.fc.weight"]) // dim),
             tie_embeddings="lm_head.weight" not in state,
         )
         check_shape(cfg)
