@@ -340,8 +340,10 @@ def check_config(cfg: Config, world: int):
     window = cfg.ttt_eval_seq_len
     for name in ("ttt_chunk_size", "ttt_stream_chunk"):
         chunk = getattr(cfg, name)
-        expected = f"expected at most TTT_EVAL_SEQ_LEN={window}"
-        require(chunk <= window, f"{name.upper()}={chunk}: {expected}")
+        require(
+            chunk <= window,
+            f"{name.upper()}={chunk}: expected at most TTT_EVAL_SEQ_LEN={window}",
+        )
     check_shape(cfg)
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(1, round(cfg.train_batch_tokens / unit)) * unit
@@ -502,8 +504,7 @@ class Runtime:
         set_up_backends(device, dtype)
         # CPU kernels are bitwise reproducible; backward kernels of GPUs use atomic adds.
         score_noise = 1e-2 if device.type == "cuda" else 0.0
-        is_shown = rank == 0 and sys.stderr.isatty()
-        return cls(device, dtype, rank, world, score_noise, is_shown)
+        return cls(device, dtype, rank, world, score_noise, rank == 0 and sys.stderr.isatty())
 
     def gather(self, value: Any) -> list[Any]:
         """All-gather any value: a list with one entry per rank."""
@@ -1562,14 +1563,18 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict:
         init_scale=4.0,
         decay=0.2,
     )
-    stream_chunk = cfg.ttt_stream_chunk
     return {
         "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
         "doc": Condition(window, window, batch),
         "stride": Condition(chunk, window, batch),
         "ttt": Condition(chunk, window, batch, recipe, final="final_int8_ttt_lora"),
         "stream": Condition(
-            stream_chunk, window, batch, streamer, stream=True, final="final_int8_ttt_stream"
+            cfg.ttt_stream_chunk,
+            window,
+            batch,
+            streamer,
+            stream=True,
+            final="final_int8_ttt_stream",
         ),
     }
 
@@ -1825,9 +1830,10 @@ def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
     length = min(length, model.rope_table.size(1))
     names = {p: name for name, p in model.named_parameters()}
     stats = {}
+    # Of a tied embedding the head is watched alone: errors of look-ups are ignored.
+    kinds = (Linear, TiedHead if model.cfg.tie_embeddings else nn.Embedding)
     for module in model.modules():
-        if isinstance(module, (Linear, TiedHead, nn.Embedding)):
-            # A tied head comes last and replaces the embedding's entry: errors of look-ups are ignored.
+        if isinstance(module, kinds):
             stats[names[module.weight]] = watch(module, rows * length)
     places = [int(stream.begins[-1]) * row // rows for row in range(rows)]
     for first in range(0, rows, 8):
@@ -2028,8 +2034,10 @@ def fit_artifact(model: GPT, state: dict) -> bytes:
             return exact
     count = sum(tensor.numel() for tensor in state.values())
     rows = min(64, max(4, 8 * 10**7 // count))
-    expected = "a finite model and training shards that match it; no artifact was written"
-    with refusing(f"ARTIFACT_BUDGET={budget}: calibration", expected):
+    with refusing(
+        f"ARTIFACT_BUDGET={budget}: calibration",
+        "a finite model and training shards that match it; no artifact was written",
+    ):
         plans = plan_rounding(state, calibrate(model, rows))
         require(plans, "no matrix that any token reaches")
 
@@ -2128,8 +2136,10 @@ def read_weights(path: Path) -> dict:
             inflater = zlib.decompressobj()
             most = max(2**26, 16 * len(blob))
             blob = inflater.decompress(blob, most)
-            whole = inflater.eof and not inflater.unused_data
-            require(whole, f"truncated, with trailing data, or over {most} bytes")
+            require(
+                inflater.eof and not inflater.unused_data,
+                f"truncated, with trailing data, or over {most} bytes",
+            )
         content = load_torch(blob)
         if is_artifact:
             held = measure_payload(content)
@@ -2205,8 +2215,9 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     `UserError` names the miscounted pieces.
     """
     ids = list(range(tokenizer.vocab_size()))
-    silent = np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids)
-    silent = silent | tokenizer.is_unused(ids)
+    silent = (
+        np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids) | tokenizer.is_unused(ids)
+    )
     is_byte = np.array(tokenizer.is_byte(ids))
     plain = np.flatnonzero(~silent & ~is_byte).tolist()
     letter = tokenizer.piece_to_id("<0x41>")
@@ -2628,8 +2639,9 @@ def score_artifact(model: GPT, docs: Documents, rt: Runtime, log: RunLog):
         log.line(f"sha256 artifact:{sha256(artifact).hexdigest()} {path.name}")
         log.line(f"submission_size:{size} budget:{cfg.artifact_budget} headroom:{room} {verdict}")
     scores = {}
+    rungs = ladder(docs, cfg, rt)
     for name in cfg.eval:
-        how = ladder(docs, cfg, rt)[name]
+        how = rungs[name]
         if how.learner or name == cfg.eval[-1]:
             began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, rt))
