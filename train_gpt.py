@@ -36,6 +36,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -45,6 +46,7 @@ import traceback
 import uuid
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -73,8 +75,8 @@ PRESETS = {
     "baseline": {},
     "cpu": {
         "data_path": "./data/demo",
-        "tokenizer_path": "./data/demo/tokenizer.model",
         "max_wallclock_seconds": 175.0,
+        "calibration_seconds": 15.0,
         "num_layers": 4,
         "model_dim": 192,
         "num_heads": 3,
@@ -125,16 +127,19 @@ def setting(
     most: float = 1e18,
     choices: tuple = (),
     decides: bool = False,
+    travels: bool = False,
 ) -> Any:
     """A field of `Config`: its default, its help text, and the range or choices that it accepts.
 
-    `decides`: the setting affects training, so it must match when a run is resumed.
+    `decides`: the setting affects training, so it must match when a run is resumed. `travels`: the
+    weights mean nothing without it, so every artifact holds it.
     """
-    metadata = dict(help=help, least=least, most=most, choices=choices, decides=decides)
-    return field(default=default, metadata=metadata)
+    metadata = dict(help=help, least=least, most=most, choices=choices)
+    return field(default=default, metadata=metadata | {"decides": decides, "travels": travels})
 
 
 decisive = functools.partial(setting, decides=True)
+architectural = functools.partial(decisive, travels=True)
 
 
 @dataclass(frozen=True)
@@ -158,12 +163,13 @@ class Config:
     model_path: str = setting("", "load weights and model shape from this .ptz or .pt file")
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of shards")
     tokenizer_path: str = setting(
-        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model that encoded the shards"
+        "./data/tokenizers/fineweb_1024_bpe.model",
+        "SentencePiece model that encoded the shards; unset: DATA_PATH/tokenizer.model if there",
     )
     out_dir: str = setting(".", "output folder; one run at a time")
     artifact_budget: int = setting(16_000_000, "maximum bytes, script + artifact", 1)
     run_id: str = setting("", "names log and checkpoints; empty: the resumed run's, else a uuid4")
-    scores_path: str = setting("", "per-chunk losses: a .csv file in OUT_DIR; empty: none")
+    scores_path: str = setting("", "losses by chunk (.csv) or token (.npz), in OUT_DIR")
     resume: str = setting("", "checkpoint path, or auto: the newest of RUN_ID in OUT_DIR, if any")
     checkpoint_every: int = setting(
         0, "steps between checkpoints; 0: only at the end or when stopped"
@@ -181,6 +187,9 @@ class Config:
     seed: int = decisive(1337, "seed of the initial weights")
     iterations: int = decisive(20000, "maximum steps")
     max_wallclock_seconds: float = decisive(600.0, "training time limit; 0: none")
+    calibration_seconds: float = setting(
+        0.0, "part of that limit kept for calibration, at most half of it; 0: 2 %"
+    )
     warmdown_iters: int = decisive(1200, "final steps over which the learning rates decay to 0")
     train_batch_tokens: int = decisive(524288, "tokens per step, over all ranks", 1, 1e9)
     train_seq_len: int = decisive(1024, "tokens per row in training and flat evaluation", 1, 65536)
@@ -188,15 +197,15 @@ class Config:
         0, "micro-steps per rank and step; 0: 8 (preset cpu: 2) / world size if whole, else 1"
     )
     # Model
-    vocab_size: int = decisive(1024, "vocabulary size", 4, 65536)
-    num_layers: int = decisive(9, "blocks", 1, MAX_LAYERS)
-    model_dim: int = decisive(512, "residual width", 2, 65536)
-    num_heads: int = decisive(8, "query heads", 1, 1000)
-    num_kv_heads: int = decisive(4, "key/value heads", 1, 1000)
-    mlp_mult: int = decisive(2, "MLP width / model width", 1, 1000)
-    tie_embeddings: bool = decisive(True, "1: tie the head to the embedding")
-    rope_base: float = decisive(10000.0, "base of the rotary frequencies", 1)
-    logit_softcap: float = decisive(30.0, "soft cap on the logits", 1e-3)
+    vocab_size: int = architectural(1024, "vocabulary size", 4, 65536)
+    num_layers: int = architectural(9, "blocks", 1, MAX_LAYERS)
+    model_dim: int = architectural(512, "residual width", 2, 65536)
+    num_heads: int = architectural(8, "query heads", 1, 1000)
+    num_kv_heads: int = architectural(4, "key/value heads", 1, 1000)
+    mlp_mult: int = architectural(2, "MLP width / model width", 1, 1000)
+    tie_embeddings: bool = architectural(True, "1: tie the head to the embedding")
+    rope_base: float = architectural(10000.0, "base of the rotary frequencies", 1)
+    logit_softcap: float = architectural(30.0, "soft cap on the logits", 1e-3)
     qk_gain_init: float = decisive(1.5, "initial query gain per head")
     tied_embed_init_std: float = decisive(0.005, "initial standard deviation of a tied embedding")
     # Optimizers
@@ -230,6 +239,15 @@ class Config:
     ttt_stream_targets: tuple[str, ...] = setting(
         TARGETS[3:], "stream: projections that get adapters", choices=TARGETS
     )
+
+    @property
+    def training_seconds(self) -> float:
+        """The time limit of training, without what is kept for calibration. inf: none."""
+        cap = self.max_wallclock_seconds
+        if not cap:
+            return math.inf
+        kept = self.calibration_seconds or 0.02 * cap
+        return cap - min(kept, cap / 2)
 
 
 PARSERS = {
@@ -316,6 +334,9 @@ def read_config(env: Mapping) -> Config:
         accum = micro_steps // world if micro_steps % world == 0 else 1
     resolved = {"device": device, "preset": preset, "grad_accum_steps": accum}
     cfg = Config(**PRESETS[preset] | given | resolved)
+    beside = Path(cfg.data_path, "tokenizer.model")
+    if "tokenizer_path" not in given and beside.exists():
+        cfg = replace(cfg, tokenizer_path=str(beside))
     check_config(cfg, world)
     return cfg
 
@@ -329,9 +350,9 @@ def check_config(cfg: Config, world: int):
         " files; rename it",
     )
     require(
-        re.fullmatch(rf"({file_name}\.csv)?", cfg.scores_path),
+        re.fullmatch(rf"({file_name}\.(csv|npz))?", cfg.scores_path),
         f"SCORES_PATH={cfg.scores_path!r:.80}: expected the name of a file in OUT_DIR, ending in"
-        " .csv; rename it",
+        " .csv or .npz; rename it",
     )
     require(
         cfg.model_path or not cfg.eval_only,
@@ -367,6 +388,9 @@ def check_shape(cfg: Config):
         f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads};"
         " change one of them",
     )
+
+
+TRAVELLING = {f.name.upper(): f for f in fields(Config) if f.metadata["travels"]}
 
 
 # ==== Runtime =====================================================================================
@@ -438,6 +462,7 @@ def claim_device(cfg: Config, env: Mapping) -> torch.device:
         return torch.device("cpu")
     ranks = read_count(env, "LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
+    require(gpus, "DEVICE=cuda: found no GPU that PyTorch can use; set DEVICE=cpu")
     require(
         ranks <= gpus,
         f"DEVICE=cuda: {ranks} ranks on this machine, found {gpus} GPUs; start fewer ranks",
@@ -504,7 +529,9 @@ class Runtime:
         set_up_backends(device, dtype)
         # CPU kernels are bitwise reproducible; backward kernels of GPUs use atomic adds.
         score_noise = 1e-2 if device.type == "cuda" else 0.0
-        return cls(device, dtype, rank, world, score_noise, rank == 0 and sys.stderr.isatty())
+        # A closed stderr is None.
+        has_terminal = sys.stderr is not None and sys.stderr.isatty()
+        return cls(device, dtype, rank, world, score_noise, rank == 0 and has_terminal)
 
     def gather(self, value: Any) -> list[Any]:
         """All-gather any value: a list with one entry per rank."""
@@ -568,6 +595,12 @@ class Runtime:
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def peak_memory(self) -> int:
+        """The most memory in use so far, in bytes: of this rank's GPU, or of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def progress(self, total: float, what: str) -> tqdm:
         """A progress bar, on terminals only."""
@@ -675,6 +708,7 @@ class RunLog:
     path: Path | None = None
     suffix: str = ""  # " partial" if MAX_VAL_DOCS is set: not a full score
     artifact: Path | None = None  # what is scored, once it is there
+    artifact_hash: str = ""  # its SHA-256
     has_gaps: bool = False
 
     def line(self, text: str, console: bool = True, suffix: bool = True):
@@ -717,8 +751,9 @@ class RunLog:
 
     def claim_folder(self, folder: Path):
         """Create the folders; lock OUT_DIR until this process exits or crashes."""
-        for name in ("", "logs", "checkpoints"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        with refusing(f"OUT_DIR={folder}", "a folder to write in; choose another"):
+            for name in ("", "logs", "checkpoints"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
         self.lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -779,6 +814,8 @@ class RunLog:
 
 # ==== Data and bytes ==============================================================================
 # Shards, the training stream, the validation documents, and bytes per token.
+
+FULL_VALIDATION = (50_000, 62_021_846)  # documents and tokens: what the game scores
 
 
 def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
@@ -841,24 +878,51 @@ def open_shard(path: Path) -> ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(count,))
 
 
-def open_shards(folder: str, split: str) -> list[ndarray]:
-    """All shards of the split, "train" or "val", in sorted order. Checks every header."""
-    pattern = f"fineweb_{split}_*.bin"
-    paths = sorted(Path(folder).glob(pattern))
+def open_shards(folder: str, split: str, required: bool = True) -> list[ndarray]:
+    """All shards of the split, "train" or "val", in order. Checks their numbers and headers.
+
+    `UserError` if one is damaged or missing, or if there are none although they are `required`.
+    """
+    names = [path.name for path in Path(folder).glob(f"fineweb_{split}_{6 * '[0-9]'}.bin")]
     require(
-        paths,
-        f"DATA_PATH={folder}: found no {pattern}; expected shards; data/README.md says how to make"
-        " them",
+        names or not required,
+        f"DATA_PATH={folder}: found no fineweb_{split}_000000.bin; expected shards; data/README.md"
+        " says how to make them",
     )
-    return [open_shard(path) for path in paths]
+    expected = [f"fineweb_{split}_{number:06d}.bin" for number in range(len(names))]
+    missing = sorted(set(expected).difference(names))
+    require(
+        not missing,
+        f"DATA_PATH={folder}: missing {', '.join(missing[:5])}; expected shards from 000000 without"
+        " gaps; fetch or make them again",
+    )
+    return [open_shard(Path(folder, name)) for name in expected]
+
+
+def fingerprint(shard: ndarray) -> str:
+    """SHA-256 of a shard's length, first MB and last MB: a start must not read 16 GB."""
+    ends = np.append(shard[: 2**19], shard[-(2**19) :])
+    return sha256(b"%d" % len(shard) + ends.tobytes()).hexdigest()
+
+
+def check_ids(tokens: ndarray, shard: ndarray, vocab_size: int):
+    """Raise `OSError` for an id beyond the vocabulary: in training a rank may find it alone."""
+    top = int(tokens.max())
+    if top >= vocab_size:
+        raise OSError(
+            f"{shard.filename}: token id {top}, expected at most {vocab_size - 1}; use its own"
+            " tokenizer"
+        )
 
 
 class TokenStream:
     """All training shards as one endless stream. `position` is its only state."""
 
-    def __init__(self, shards: list[ndarray]):
+    def __init__(self, shards: list[ndarray], vocab_size: int):
         self.shards = shards
+        self.vocab_size = vocab_size
         self.position = 0
+        self.deadline = math.inf  # of time.perf_counter(): when reading must end
         # Where each shard begins; the last entry is the total length.
         self.begins = np.cumsum([0, *map(len, shards)])
 
@@ -869,6 +933,7 @@ class TokenStream:
             start %= int(self.begins[-1])
             shard = int(np.searchsorted(self.begins, start, side="right")) - 1
             part = self.shards[shard][start - int(self.begins[shard]) :][:count]
+            check_ids(part, self.shards[shard], self.vocab_size)
             parts.append(part)
             start += len(part)
             count -= len(part)
@@ -1215,6 +1280,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype):
         super().__init__()
         self.cfg = cfg
+        self.made_with = {}  # what the artifact says of its making
         self.dtype = dtype
         self.half = cfg.num_layers // 2
         self.head_dim = cfg.model_dim // cfg.num_heads
@@ -1400,7 +1466,7 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
     warmdown = cfg.warmdown_iters
     if cfg.max_wallclock_seconds:
         # Both in milliseconds: WARMDOWN_ITERS steps at the mean pace so far.
-        remaining = 1000 * cfg.max_wallclock_seconds - elapsed_ms
+        remaining = 1000 * cfg.training_seconds - elapsed_ms
         warmdown = cfg.warmdown_iters * elapsed_ms / max(step, 1)
     scale = min(1.0, max(0.0, remaining / warmdown)) if warmdown else 1.0
     progress = 1.0
@@ -1584,7 +1650,7 @@ class Chunk(NamedTuple):
 
     ids: Tensor  # (B, T) inputs
     targets: Tensor  # (B, S)
-    at: Tensor | None  # (B, S), input index of each target; None: input i predicts target i
+    at: Tensor  # (B, S), input index of each target
     positions: Tensor  # (B, S), input positions in the stream
     live: Tensor  # (B, S), False for padding
 
@@ -1607,10 +1673,7 @@ def gather_chunk(tokens: Tensor, spans: ndarray, length: int, how: Condition, rt
     live = place < end
     place = torch.minimum(place, end - 1)
     positions = start + place
-    # If every window is exactly its chunk, inputs and targets line up.
-    is_whole = length <= how.chunk and (begins == places).all()
-    at = None if is_whole else place - begin
-    return Chunk(ids, tokens[positions + 1].long(), at, positions, live)
+    return Chunk(ids, tokens[positions + 1].long(), place - begin, positions, live)
 
 
 def score_then_learn(
@@ -1743,6 +1806,7 @@ class Score:
 
     # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
     columns: dict
+    losses: ndarray  # (n - 1,) fp32, of every position of the stream; nan: not scored
 
     def __post_init__(self):
         self.nats = math.fsum(self.columns["loss_nats"])  # the same for any order of the pieces
@@ -1770,8 +1834,6 @@ def check_coverage(losses: ndarray, times: ndarray, docs: Documents, how: Condit
             f"audit coverage: position {p}: scored {times[p]:g} times, loss {losses[p]:g}; expected"
             f" {due[p]:g} times and a finite loss"
         )
-    scored = (docs.bytes.cpu().numpy() * times).any()
-    require(scored, "audit coverage: the scored tokens hold 0 bytes of text; check the tokenizer")
 
 
 def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Score:
@@ -1793,7 +1855,8 @@ def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Sco
         "loss_nats": np.add.reduceat(losses, edges, dtype=np.float64),
     }
     kept = columns["tokens"] > 0
-    return Score({name: column[kept] for name, column in columns.items()})
+    columns = {name: column[kept] for name, column in columns.items()}
+    return Score(columns, np.where(times, losses, np.nan))
 
 
 def evaluate(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> Score:
@@ -1818,13 +1881,12 @@ class MatrixStats(NamedTuple):
     slopes: Tensor  # S (out,)
 
 
-def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
+def calibrate(model: GPT, stream: TokenStream, rows: int, log: RunLog, length: int = 256) -> dict:
     """Statistics of every matrix that is used in a forward pass, by name.
 
     Uses `rows` rows of `length` tokens, evenly spaced over the training shards, on the CPU for
-    reproducibility. `UserError` without training shards.
+    reproducibility; fewer if the stream's deadline passes.
     """
-    stream = TokenStream(open_shards(model.cfg.data_path, "train"))
     model = frozen(model).to("cpu", torch.float32)
     model.dtype = torch.float32
     length = min(length, model.rope_table.size(1))
@@ -1834,17 +1896,24 @@ def calibrate(model: GPT, rows: int, length: int = 256) -> dict:
     kinds = (Linear, TiedHead if model.cfg.tie_embeddings else nn.Embedding)
     for module in model.modules():
         if isinstance(module, kinds):
-            stats[names[module.weight]] = watch(module, rows * length)
+            stats[names[module.weight]] = watch(module)
     places = [int(stream.begins[-1]) * row // rows for row in range(rows)]
-    for first in range(0, rows, 8):
-        spans = [stream.read(place, length + 1) for place in places[first : first + 8]]
+    used = 0
+    while used < rows and (not used or time.perf_counter() < stream.deadline):
+        spans = [stream.read(place, length + 1) for place in places[used : used + 8]]
         tokens = torch.from_numpy(np.stack(spans))
         model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+        used += len(spans)
+    left = stream.deadline - time.perf_counter()
+    log.line(f"calibration: rows:{used} of:{rows} before_time_limit:{left:.1f}s")
+    for stat in stats.values():
+        for sums in stat:
+            sums.div_(used * length)
     return {name: stat for name, stat in stats.items() if stat.moments.any()}
 
 
-def watch(module: nn.Module, count: int) -> MatrixStats:
-    """Statistics of one matrix, averaged over `count` tokens by hooks."""
+def watch(module: nn.Module) -> MatrixStats:
+    """Statistics of one matrix, summed over all tokens by hooks."""
     out_dim, in_dim = module.weight.shape
     moments = torch.zeros(in_dim, in_dim, device="cpu")
     slopes = torch.zeros(out_dim, device="cpu")
@@ -1853,12 +1922,12 @@ def watch(module: nn.Module, count: int) -> MatrixStats:
     def observe(module, args, output):
         inputs = args[0].detach().flatten(0, 1)
         if is_embedding:
-            moments.fill_diagonal_(1)
+            moments.diagonal().add_(len(inputs))
         else:
-            moments.add_(inputs.mT @ inputs / count)
+            moments.add_(inputs.mT @ inputs)
 
         def add_slopes(grad):
-            squares = grad.square().flatten(0, 1) / count
+            squares = grad.square().flatten(0, 1)
             if is_embedding:
                 slopes.index_add_(0, inputs, squares.mean(1))
             else:
@@ -1979,12 +2048,9 @@ def pack(content: dict) -> bytes:
 
 def guess_unit(plans: list, bits: float) -> float:
     """Estimate log2 of the unit that spends `bits` per weight."""
-    samples = []
-    for plan in plans:
-        # The entropy of a Gaussian in steps is log2(spread) + log2(sqrt(2 pi e)), about 2.
-        spread = plan.weights.std(1, keepdim=True) * plan.care
-        samples.append(2 + spread.log2().flatten())
-    return torch.cat(samples).median().item() - bits
+    # The entropy of a Gaussian in steps is log2(spread) + log2(sqrt(2 pi e)), about 2.
+    spreads = [(plan.weights.std(1, keepdim=True) * plan.care).flatten() for plan in plans]
+    return torch.cat(spreads).log2().median().item() + 2 - bits
 
 
 def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> float | None:
@@ -2021,15 +2087,16 @@ def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> flo
     return high
 
 
-def fit_artifact(model: GPT, state: dict) -> bytes:
+def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> bytes:
     """An artifact that fits ARTIFACT_BUDGET together with this script: lossless if possible.
 
     `state` is the model's state dict on the CPU. `UserError` if nothing fits.
     """
+    made_with = {"made_with": model.made_with}
     budget = model.cfg.artifact_budget
     room = budget - len(source_code().encode())
     if sum(tensor.nbytes for tensor in state.values()) < 1.4 * room:
-        exact = pack(quantize(state, [], 0))
+        exact = pack(quantize(state, [], 0) | made_with)
         if len(exact) <= room:
             return exact
     count = sum(tensor.numel() for tensor in state.values())
@@ -2038,12 +2105,13 @@ def fit_artifact(model: GPT, state: dict) -> bytes:
         f"ARTIFACT_BUDGET={budget}: calibration",
         "a finite model and training shards that match it; no artifact was written",
     ):
-        plans = plan_rounding(state, calibrate(model, rows))
+        require(stream.shards, "no training shards")
+        plans = plan_rounding(state, calibrate(model, stream, rows, log))
         require(plans, "no matrix that any token reaches")
 
     @functools.cache
     def artifact_at(unit: float) -> bytes:
-        return pack(quantize(state, plans, 2.0**unit))
+        return pack(quantize(state, plans, 2.0**unit) | made_with)
 
     guess = guess_unit(plans, 8 * room / count)
     unit = search_unit(lambda unit: len(artifact_at(unit)), room, guess, count / 8)
@@ -2055,8 +2123,8 @@ def fit_artifact(model: GPT, state: dict) -> bytes:
     return artifact_at(unit)
 
 
-def export(model: GPT, log: RunLog) -> Path:
-    """Write the weights and the artifact, log their sizes. Returns the path of the artifact."""
+def export(model: GPT, stream: TokenStream, log: RunLog):
+    """Write the weights and the artifact, log their sizes. The stream serves the calibration."""
     cfg = model.cfg
     # EVAL_ONLY writes only the artifact, under a name that no training uses.
     name = f"eval_{Path(cfg.model_path).stem}" if cfg.eval_only else "final_model"
@@ -2070,8 +2138,10 @@ def export(model: GPT, log: RunLog) -> Path:
     raw = torch_bytes(state)
     if not cfg.eval_only:
         write_atomically(path.with_name("final_model.pt"), raw)
-    artifact = fit_artifact(model, state)
+    artifact = fit_artifact(model, state, stream, log)
     write_atomically(path, artifact)
+    log.artifact = path
+    log.artifact_hash = sha256(artifact).hexdigest()
     content = zlib.decompress(artifact)
     payload = measure_payload(load_torch(content))
     ratio = sum(tensor.nbytes for tensor in state.values()) / payload
@@ -2084,7 +2154,6 @@ def export(model: GPT, log: RunLog) -> Path:
         f" raw_torch:{len(content)} payload_ratio:{ratio:.2f}x)"
     )
     log.line(f"Total submission size int8+zlib: {len(artifact) + code} bytes")
-    return path
 
 
 def measure_payload(content: dict) -> int:
@@ -2123,14 +2192,14 @@ def load_torch(blob: bytes) -> Any:
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
 
-def read_weights(path: Path) -> dict:
+def parse_weights(blob: bytes, path: Path) -> tuple[dict, dict]:
     """The state dict in an artifact (.ptz), or in a state dict or checkpoint of this script (.pt).
 
-    Drops the prefix `_orig_mod.`, which torch.compile adds to names. `UserError` for any other file
-    and for weights that are not finite.
+    `blob` is the content of `path`. Also returns what an artifact says of its making. Drops the
+    prefix `_orig_mod.`, which torch.compile adds to names. `UserError` for any other file and for
+    weights that are not finite.
     """
     with refusing(path, "an artifact (.ptz), a state dict or a checkpoint (.pt)"):
-        blob = read_file(path)
         is_artifact = path.suffix == ".ptz"
         if is_artifact:
             inflater = zlib.decompressobj()
@@ -2149,30 +2218,40 @@ def read_weights(path: Path) -> dict:
         # Before anything is computed: a tensor with stride 0 can claim any size.
         require(held <= len(blob), "its tensors are larger than the file")
         state = dequantize(content) if is_artifact else content
+        made_with = content.get("made_with", {}) if is_artifact else {}
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
         for name, tensor in state.items():
             sound = tensor.dtype in FLOATS.values() and tensor.isfinite().all()
             require(sound, f"{name!r:.80} does not hold finite floats")
-    return state
+    return state, made_with
 
 
-def infer_shape(state: dict, cfg: Config, path: Path) -> Config:
-    """`cfg` with the model shape of the weights in file `path`. `UserError` if that fails."""
+def infer_shape(state: dict, made_with: dict, cfg: Config, path: Path) -> Config:
+    """`cfg` with the shape of the weights in file `path`, and the settings that came with them.
+
+    Raises `UserError` if that fails, or if the environment gives another value to one of them.
+    """
     with refusing(path, "the weights of this model, with its tensor names"):
         vocab_size, dim = state["tok_emb.weight"].shape
         heads = len(state["blocks.0.attn.q_gain"])
-        layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        require(layers <= MAX_LAYERS, f"{layers} layers")
-        cfg = replace(
-            cfg,
-            vocab_size=vocab_size,
-            model_dim=dim,
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
-            mlp_mult=max(1, len(state["blocks.0.mlp.fc.weight"]) // dim),
-            tie_embeddings="lm_head.weight" not in state,
-        )
+        held = {
+            "VOCAB_SIZE": vocab_size,
+            "MODEL_DIM": dim,
+            "NUM_LAYERS": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+            "NUM_HEADS": heads,
+            "NUM_KV_HEADS": max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
+            "MLP_MULT": max(1, len(state["blocks.0.mlp.fc.weight"]) // dim),
+            "TIE_EMBEDDINGS": spell("lm_head.weight" not in state),
+        }
+        for name, text in (held | made_with.get("settings", {})).items():
+            spec = TRAVELLING[name]
+            value = parse_setting(name, text, spec)
+            given = getattr(cfg, spec.name)
+            require(
+                name not in os.environ or given == value,
+                f"it was made with {name}={text}, the environment says {given}; unset {name}",
+            )
+            cfg = replace(cfg, **{spec.name: value})
         check_shape(cfg)
     return cfg
 
@@ -2188,12 +2267,13 @@ def check_tensors(expected: dict, state: dict, path: Path):
 def load_model(path: str | Path, cfg: Config) -> GPT:
     """The model in an artifact, a state dict or a checkpoint, on the CPU, ready to evaluate.
 
-    Its shape comes from the file; `model.cfg` is `cfg` with that shape. Raises `UserError` for a
+    Its shape comes from the file, and so do the settings that travel in it; `model.cfg` is `cfg`
+    with both. Raises `UserError` for a
     file that is damaged or holds another kind of model.
     """
     path = Path(path)
-    state = read_weights(path)
-    cfg = infer_shape(state, cfg, path)
+    state, made_with = parse_weights(read_file(path), path)
+    cfg = infer_shape(state, made_with, cfg, path)
     dtype = choose_dtype(cfg)
     # Shapes are compared first: a few hundred bytes can claim to be of any size.
     with refusing(path, "a model of a possible size"), torch.device("meta"):
@@ -2201,6 +2281,7 @@ def load_model(path: str | Path, cfg: Config) -> GPT:
     check_tensors(expected, state, path)
     model = build_model(cfg, dtype)
     model.load_state_dict(state)
+    model.made_with = made_with
     return model
 
 
@@ -2208,51 +2289,72 @@ def load_model(path: str | Path, cfg: Config) -> GPT:
 # Checks that a score is valid. The third audit is `check_coverage`.
 
 
+def count_words(ids: ndarray, opens: ndarray) -> Counter:
+    """How often each word occurs, as a tuple of ids. A word begins at an id of `opens` (V,) bool.
+
+    What comes before the first word is left out.
+    """
+    words = np.split(ids, np.flatnonzero(opens[ids]))[1:]
+    return Counter(map(tuple, words))
+
+
 def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceProcessor) -> str:
     """Compare the byte counts of up to 256 evenly spaced documents with their decoded text.
 
-    Expected counts come from the tokenizer alone, not from the table. Returns the totals;
-    `UserError` names the miscounted pieces.
+    Expected counts come from the tokenizer alone, not from the table. Then the text is encoded
+    again: unless 99 % of its words give the same pieces, another tokenizer made the shards. Returns
+    the totals; `UserError` names the miscounted pieces.
     """
     ids = list(range(tokenizer.vocab_size()))
-    silent = (
-        np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids) | tokenizer.is_unused(ids)
-    )
+    is_unknown = np.array(tokenizer.is_unknown(ids))
+    silent = np.array(tokenizer.is_control(ids)) | is_unknown | tokenizer.is_unused(ids)
     is_byte = np.array(tokenizer.is_byte(ids))
-    plain = np.flatnonzero(~silent & ~is_byte).tolist()
-    letter = tokenizer.piece_to_id("<0x41>")
-    anchor = next((i for i in plain if tokenizer.decode([i]).strip()), letter)
+    opens = np.array([piece.startswith("▁") for piece in tokenizer.id_to_piece(ids)]) & ~silent
+    # Every text is decoded behind an anchor: the decoder drops a leading space.
+    anchor = next(i for i in ids if tokenizer.decode([i]).strip().isalnum())
 
     def decode(pieces: ndarray) -> str:
-        # Byte pieces may be invalid UTF-8: replace each by a letter.
-        pieces = np.where(is_byte[pieces], letter, pieces)
-        # Prepend an anchor: the decoder drops a leading space.
-        text = tokenizer.decode([anchor, *pieces.tolist()])
-        return text.removeprefix(tokenizer.decode([anchor]))
+        return tokenizer.decode([anchor, *pieces.tolist()])
 
-    texts = [decode(np.array([i])) for i in ids]
-    opens = np.array([text.startswith(" ") for text in texts])
+    def measure(pieces: ndarray) -> int:
+        return len(decode(pieces).encode()) - len(decode(pieces[:0]).encode())
+
     picks = np.unique(np.linspace(0, len(docs.starts) - 1, 256).astype(np.int64))
     counted = 0
     spelled = 0
+    words = 0
+    same = 0
     for begin, count in zip(docs.starts[picks], docs.predictions[picks], strict=True):
-        end = begin + count
-        pieces = docs.tokens[begin : end + 1].cpu().numpy()  # BOS first, not a target
-        spelled += len(decode(pieces[~silent[pieces]]).encode())
+        stretch = docs.tokens[begin : begin + count + 1].cpu().numpy()  # BOS first, not a target
+        pieces = stretch[~silent[stretch]]
+        # Byte pieces may be invalid UTF-8: they are counted, not decoded.
+        plain = pieces[~is_byte[pieces]]
+        spelled += measure(plain) + len(pieces) - len(plain)
         # A space right after BOS or a control piece is not text.
-        spelled -= int((opens[pieces[1:]] & silent[pieces[:-1]] & ~silent[pieces[1:]]).sum())
-        counted += int(docs.bytes[begin:end].sum())
+        spelled -= int((opens[stretch[1:]] & silent[stretch[:-1]]).sum())
+        counted += int(docs.bytes[begin : begin + count].sum())
         if counted != spelled:
             sizes = table.base + table.leading_space
-            wrong = [i for i in pieces if not silent[i] and len(texts[i].encode()) != sizes[i]]
-            names = tokenizer.id_to_piece(np.unique(wrong).astype(int).tolist())
+            wrong = [int(i) for i in np.unique(plain) if measure(np.array([i])) != sizes[i]]
             raise UserError(
-                f"audit bytes: up to token {end} {counted} bytes were counted where the decoded text"
-                f" has {spelled}; wrong are the pieces {names[:3]}, or how pieces join; no bpb is"
-                " right; take another tokenizer"
+                f"audit bytes: up to token {begin + count} {counted} bytes were counted where the"
+                f" decoded text has {spelled}; wrong are the pieces"
+                f" {tokenizer.id_to_piece(wrong[:3])}, or how pieces join; no bpb is right; take"
+                " another tokenizer"
             )
+        found = count_words(pieces, opens)
+        words += found.total()
+        encoded = np.array(tokenizer.encode(decode(pieces)))
+        same += (found & count_words(encoded, opens)).total()
+    require(
+        same >= 0.99 * words,
+        f"audit bytes: only {same} of {words} words are encoded as in the validation shards;"
+        " TOKENIZER_PATH is not their tokenizer; give that",
+    )
+    unknown = int(is_unknown[docs.tokens.cpu().numpy()].sum())
     return (
-        f"documents:{len(picks)} of:{len(docs.starts)} table_bytes:{counted} text_bytes:{spelled}"
+        f"documents:{len(picks)} of:{len(docs.starts)} words:{words} same:{same}"
+        f" unknown_pieces:{unknown} table_bytes:{counted} text_bytes:{spelled}"
     )
 
 
@@ -2300,6 +2402,8 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
 
 
 # ==== Training ====================================================================================
+
+GROWING = ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")  # may be larger when a run is resumed
 
 
 @dataclass
@@ -2360,10 +2464,9 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """The fraction used of ITERATIONS or MAX_WALLCLOCK_SECONDS, the larger of the two."""
-        cap_ms = 1000 * (self.cfg.max_wallclock_seconds or math.inf)
+        """The fraction used of the steps or of the time, the larger of the two."""
         steps = self.step / self.cfg.iterations if self.cfg.iterations else 1.0
-        return max(steps, self.elapsed_ms / cap_ms)
+        return max(steps, self.elapsed_ms / (1000 * self.cfg.training_seconds))
 
     def train_step(self) -> Tensor:
         """One optimizer step on TRAIN_BATCH_TOKENS. Returns this rank's mean loss, () fp32."""
@@ -2420,14 +2523,12 @@ class Trainer:
         self.log.line("compile:started")
         began = self.rt.seconds()
         failure = ""
-        position = self.stream.position
         try:
             self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
             ids, targets = self.stream.next_batch(cfg, self.rt)
             self.forward(ids, targets).mean().backward()
         except Exception as error:  # e.g. no C++ compiler: eager is only slower
             failure = f"{error!r:.160}"
-        self.stream.position = position
         self.model.zero_grad(set_to_none=True)
         failure = max(self.rt.gather(failure))
         outcome = f"compile:done time:{self.rt.seconds() - began:.1f}s"
@@ -2437,11 +2538,19 @@ class Trainer:
         self.log.line(outcome)
 
     def warm_up(self):
-        """Run WARMUP_STEPS real steps, which prime allocators and kernels, then undo them."""
+        """Compile, then run WARMUP_STEPS steps, which prime allocators and kernels, and undo them.
+
+        All of it on synthetic ids: no text is read before the clock starts.
+        """
+        stream = self.stream
+        ids = np.random.default_rng(0).integers(self.cfg.vocab_size, size=2**16)
+        self.stream = TokenStream([ids], self.cfg.vocab_size)
+        self.compile_forward()
         start = copy.deepcopy(self.state())
         for _ in range(self.cfg.warmup_steps):
             self.train_step()
         self.load(start)
+        self.stream = stream
 
     def save(self):
         """Rank 0 writes a checkpoint and keeps the last two of the run."""
@@ -2489,6 +2598,12 @@ class Trainer:
                 require(auto, str(error))
                 self.log.line(f"warning: skipped {error}")
                 continue
+            for name in GROWING:
+                before = theirs.get(name, "inf")
+                now = self.identity[name]
+                if float(before) < (float(now) or math.inf):  # 0 seconds are no limit
+                    self.log.line(f"resume: {name} was {before}, now {now}")
+                    theirs[name] = now
             differ = sorted(dict(theirs.items() ^ self.identity.items()))
             found = [
                 f"{name}={theirs.get(name)} (now {self.identity.get(name)})" for name in differ
@@ -2526,7 +2641,6 @@ def train(trainer: Trainer, validate: Callable):
     cfg = trainer.cfg
     rt = trainer.rt
     if trainer.progress < 1:
-        trainer.compile_forward()
         trainer.warm_up()
     with rt.signals.deferred(), rt.progress(1.0, "training") as bar:
         trainer.mark = rt.seconds()
@@ -2558,6 +2672,15 @@ def train(trainer: Trainer, validate: Callable):
                 f"stopping_early: wallclock_cap train_time:{trainer.elapsed_ms:.0f}ms"
                 f" step:{trainer.step}/{cfg.iterations}"
             )
+        spent = trainer.elapsed_ms / 1000
+        if cfg.max_wallclock_seconds:
+            trainer.stream.deadline = trainer.mark + cfg.max_wallclock_seconds - spent
+        seen = trainer.stream.position
+        trainer.log.line(
+            f"train_tokens:{seen} of:{trainer.stream.begins[-1]}"
+            f" tokens_per_second:{seen / max(spent, 1e-3):.0f}"
+            f" peak_memory:{rt.peak_memory() / 1e6:.0f}MB"
+        )
 
 
 # ==== Main ========================================================================================
@@ -2568,46 +2691,84 @@ class Inputs(NamedTuple):
     """What a run starts from."""
 
     model: GPT
-    stream: TokenStream  # empty if nothing is trained
+    stream: TokenStream
     docs: Documents
-    hashes: dict  # SHA-256 of the tokenizer and of this rank's shards
+    hashes: dict  # SHA-256 of the tokenizer, fingerprints of the shards
 
 
 def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
     """Read and check every input file. `UserError` names the first bad one."""
     model = load_model(cfg.model_path, cfg) if cfg.model_path else build_model(cfg, rt.dtype)
-    vocab_size = model.cfg.vocab_size
-    train_shards = [] if cfg.eval_only else open_shards(cfg.data_path, "train")
+    cfg = model.cfg
     val_shards = open_shards(cfg.data_path, "val")
-    tokenizer = load_tokenizer(cfg.tokenizer_path, vocab_size)
-    hashes = {"tokenizer": sha256(read_file(Path(cfg.tokenizer_path))).hexdigest()}
-    log.line(f"sha256 tokenizer:{hashes['tokenizer']}")
-    for shard in (*val_shards, *train_shards[rt.rank :: rt.world]):  # split over the ranks
+    train_shards = open_shards(cfg.data_path, "train", required=not cfg.eval_only)
+    tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    tokenizer_hash = sha256(read_file(Path(cfg.tokenizer_path))).hexdigest()
+    log.line(f"sha256 tokenizer:{tokenizer_hash}")
+    check_tokenizer(model, tokenizer, tokenizer_hash, log)
+    hashes = {}
+    for shard in (*val_shards, *train_shards):
         path = Path(shard.filename)
-        top = int(shard.max())
+        found = fingerprint(shard)
         require(
-            top < vocab_size,
-            f"{path}: token id {top}, expected at most {vocab_size - 1}; use its own tokenizer",
+            found not in hashes.values(),
+            f"{path}: it equals an earlier shard; expected different ones; fetch or make it again",
         )
-        hashes[path.name] = sha256(path.read_bytes()).hexdigest()
-        if "_val_" in path.name:
-            log.line(f"sha256 val:{hashes[path.name]} {path.name}")
+        hashes[path.name] = found
+    for shard in val_shards:
+        check_ids(shard, shard, cfg.vocab_size)
+        path = Path(shard.filename)
+        log.line(f"sha256 val:{sha256(path.read_bytes()).hexdigest()} {path.name}")
+    others = {path.name for path in Path(cfg.data_path).glob("fineweb_*.bin")} - hashes.keys()
+    if others:
+        log.line(f"warning: not read, since no shard has such a name: {', '.join(sorted(others))}")
     table = ByteTable.build(tokenizer)
     tokens = np.concatenate(val_shards)
     docs = split_documents(tokens, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
     log.line(f"audit bytes: {audit_bytes(docs, table, tokenizer)} PASS")
-    return Inputs(model.to(rt.device), TokenStream(train_shards), docs, hashes)
+    model.made_with = {
+        "settings": {name: spell(getattr(cfg, spec.name)) for name, spec in TRAVELLING.items()},
+        "tokenizer": tokenizer_hash,
+        "train_seq_len": cfg.train_seq_len,
+    }
+    stream = TokenStream(train_shards, cfg.vocab_size)
+    hashes["tokenizer"] = tokenizer_hash
+    return Inputs(model.to(rt.device), stream, docs, hashes)
+
+
+def check_tokenizer(model: GPT, tokenizer: spm.SentencePieceProcessor, found: str, log: RunLog):
+    """Raise `UserError` unless the artifact and the manifest of the shards name its SHA-256 `found`.
+
+    Of a tokenizer that loses text, a line warns.
+    """
+    cfg = model.cfg
+    manifest = Path(cfg.data_path, "manifest.json")
+    listed = manifest.read_text() if manifest.is_file() else ""
+    theirs = model.made_with.get("tokenizer", found)
+    require(
+        theirs == found and (found in listed or '"tokenizer.model"' not in listed),
+        f"TOKENIZER_PATH={cfg.tokenizer_path}: found SHA-256 {found}, expected that of"
+        f" {cfg.model_path if theirs != found else manifest}; give the tokenizer of the shards",
+    )
+    if cfg.model_path and not model.made_with:
+        log.line(f"settings: {cfg.model_path} holds none; the environment's hold")
+    probe = "Le Café in ZÜRICH, mixed Case"
+    spelled = tokenizer.decode(tokenizer.encode(probe))
+    if spelled != probe:
+        log.line(f"warning: the tokenizer loses text, which flatters the score: {spelled!r}")
 
 
 def run(cfg: Config, rt: Runtime, log: RunLog):
     """Load, train, export, score."""
     if cfg.eval_only:
         log.artifact = Path(cfg.model_path)
+        log.artifact_hash = rt.from_rank0(lambda: sha256(read_file(log.artifact)).hexdigest())
     model, stream, docs, hashes = rt.together(lambda: load_inputs(cfg, rt, log))
-    for part in rt.gather(hashes):
-        hashes |= part
     cfg = model.cfg
-    log.line(f"val_documents:{len(docs.starts)} predictions:{docs.predictions.sum()}")
+    documents = len(docs.starts)
+    size = len(docs.tokens)
+    full = "full FineWeb" if (documents, size) == FULL_VALIDATION else "not the full FineWeb"
+    log.line(f"validation: {full} ({documents:,} documents, {size:,} tokens)")
     count = sum(p.numel() for p in model.parameters())
     log.line(f"model_params:{count} num_layers:{cfg.num_layers} model_dim:{cfg.model_dim}")
     trainer = None
@@ -2620,40 +2781,62 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
     if trainer or log.artifact.suffix != ".ptz":
         # Before any long evaluation, which must not lose a trained model.
         with rt.signals.deferred():
-            log.artifact = rt.from_rank0(lambda: export(model, log))
+            rt.from_rank0(lambda: export(model, stream, log))
     if trainer:
         trainer.report(str(evaluate(model, docs, flat, rt)))
     score_artifact(model, docs, rt, log)
 
 
+def read_artifact(cfg: Config, log: RunLog) -> dict:
+    """The weights in the artifact, as read back from disk. `UserError` if it changed meanwhile."""
+    path = log.artifact
+    blob = read_file(path)
+    found = sha256(blob).hexdigest()
+    require(
+        found == log.artifact_hash,
+        f"{path}: its SHA-256 is {found}, expected {log.artifact_hash}: another program replaced it;"
+        " give every run its own OUT_DIR",
+    )
+    size = len(blob) + len(source_code().encode())
+    room = cfg.artifact_budget - size
+    verdict = "PASS" if room >= 0 else "FAIL"
+    log.line(f"sha256 artifact:{found} {path.name}")
+    log.line(f"submission_size:{size} budget:{cfg.artifact_budget} headroom:{room} {verdict}")
+    return parse_weights(blob, path)[0]
+
+
 def score_artifact(model: GPT, docs: Documents, rt: Runtime, log: RunLog):
     """Read the artifact back from disk and score it under every condition of EVAL."""
     cfg = model.cfg
-    path = log.artifact
-    model.load_state_dict(rt.from_rank0(lambda: read_weights(path)))
-    if rt.rank == 0:
-        artifact = path.read_bytes()
-        size = len(artifact) + len(source_code().encode())
-        room = cfg.artifact_budget - size
-        verdict = "PASS" if room >= 0 else "FAIL"
-        log.line(f"sha256 artifact:{sha256(artifact).hexdigest()} {path.name}")
-        log.line(f"submission_size:{size} budget:{cfg.artifact_budget} headroom:{room} {verdict}")
+    model.load_state_dict(rt.from_rank0(lambda: read_artifact(cfg, log)))
+    log.line(
+        "conditions: causal (audit causality), normalised (softmax over the vocabulary,"
+        " tests/test_model.py), score first (audit causality), one pass (audit coverage)"
+    )
     scores = {}
+    total = 0.0
     rungs = ladder(docs, cfg, rt)
+    last = cfg.eval[-1]
     for name in cfg.eval:
         how = rungs[name]
-        if how.learner or name == cfg.eval[-1]:
-            began = rt.seconds()
+        began = rt.seconds()
+        if how.learner or name == last:
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, rt))
             spent = 1000 * (rt.seconds() - began)
             log.line(f"audit causality: condition:{name} {compared} time:{spent:.0f}ms PASS")
-        began = rt.seconds()
+        audited = rt.seconds()
         scores[name] = evaluate(model, docs, how, rt)
-        seconds = rt.seconds() - began
-        report_condition(name, how, scores[name], scores[cfg.eval[0]], seconds, docs, log)
+        ended = rt.seconds()
+        report_condition(name, how, scores[name], scores[cfg.eval[0]], ended - audited, docs, log)
+        if name in ("flat", last):
+            total += ended - began
+    verdict = ""
+    if cfg.preset == "baseline":
+        verdict = " limit:600s PASS" if total <= 600 else " limit:600s FAIL"
+    log.line(f"total_eval_time:{total:.1f}s{verdict}")
     if cfg.scores_path:
         path = Path(cfg.out_dir, cfg.scores_path)
-        rt.from_rank0(lambda: write_scores(path, scores, log))
+        rt.from_rank0(lambda: write_scores(path, scores, docs, log))
 
 
 def report_condition(
@@ -2698,15 +2881,26 @@ def report_condition(
         log.line(f"{how.final}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
 
 
-def write_scores(path: Path, scores: dict, log: RunLog):
-    """Write all score columns as CSV, enough to recompute the printed totals."""
-    lines = [",".join(("condition", *next(iter(scores.values())).columns))]
-    for name, score in scores.items():
-        for row in zip(*score.columns.values(), strict=True):
-            lines.append(",".join(map(str, (name, *row))))
-    data = ("\n".join(lines) + "\n").encode()
+def write_scores(path: Path, scores: dict, docs: Documents, log: RunLog):
+    """Write the losses of all conditions: sums by chunk as .csv, or those of all tokens as .npz.
+
+    An .npz holds starts and predictions (docs,), bytes (n - 1,), and for every condition its losses
+    (n - 1,) in nats, nan where it scores nothing.
+    """
+    if path.suffix == ".npz":
+        buffer = io.BytesIO()
+        losses = {name: score.losses for name, score in scores.items()}
+        sizes = docs.bytes.cpu().numpy()
+        np.savez(buffer, starts=docs.starts, predictions=docs.predictions, bytes=sizes, **losses)
+        data = buffer.getvalue()
+    else:
+        lines = [",".join(("condition", *next(iter(scores.values())).columns))]
+        for name, score in scores.items():
+            for row in zip(*score.columns.values(), strict=True):
+                lines.append(",".join(map(str, (name, *row))))
+        data = ("\n".join(lines) + "\n").encode()
     write_atomically(path, data)
-    log.line(f"scores:{path} rows:{len(lines) - 1} sha256:{sha256(data).hexdigest()}")
+    log.line(f"scores:{path} sha256:{sha256(data).hexdigest()}")
 
 
 def explain_stop(number: int, cfg: Config, log: RunLog) -> str:
