@@ -38,7 +38,7 @@ class HubServer(ThreadingHTTPServer):
         self.damaged = {}  # name -> the bytes to send in place of the listed ones
         # How a client knows a hub from any other web server.
         self.commit_header = {"X-Repo-Commit": COMMIT}
-        self.status = {}  # name -> the answer to every request for its bytes
+        self.status = {}  # name -> the answer to every request for it
         self.listed_size = {}  # path -> a size to claim
         self.cut = {}  # name -> break its transfer after so many bytes, then answer 503
         self.requests = []  # to the hub
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         """Quiet: the tests read `requests` instead."""
 
-    def answer(self, status: int, headers: dict, body: bytes = b"") -> None:
+    def answer(self, status, headers, body=b""):
         self.send_response(status)
         headers = {"Content-Length": len(body)} | headers
         for key, value in headers.items():
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def seen(self) -> Request:
+    def seen(self):
         path = self.path.removesuffix("?signature=secret")
         name = path.removeprefix(f"/datasets/{REPO}/resolve/").partition("/datasets/")[2]
         return Request(
@@ -102,9 +102,10 @@ class Handler(BaseHTTPRequestHandler):
             storage = f"http://localhost:{self.server.server_port}{self.path}?signature=secret"
             self.answer(302, {"Location": storage})
 
-    def send_file(self, request: Request) -> None:
+    def send_file(self, request):
         """The file from where the client asks for it on, or a part of that, or an error."""
-        hub, name = self.server, request.name
+        hub = self.server
+        name = request.name
         if name in hub.status:
             return self.answer(hub.status[name], {})
         data = hub.damaged.get(name, hub.files[name])
