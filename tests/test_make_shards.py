@@ -110,7 +110,7 @@ def made(tmp_path_factory, jsonl):
     """A folder filled by the script as a user runs it. Tests only read it."""
     out = tmp_path_factory.mktemp("made") / "deep" / "set"
     command = [sys.executable, make_shards.__file__, "--jsonl", jsonl, "--out", out]
-    command += ["--val-docs", str(VAL_DOCS), "--vocab-size", str(VOCAB)]
+    command += [f"--val-docs={VAL_DOCS}", f"--vocab-size={VOCAB}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"val: {VAL_DOCS} documents" in done.stdout
@@ -176,7 +176,7 @@ def test_manifest_agrees_with_the_files(made, jsonl):
 def test_seed_decides_the_split(made, jsonl, tmp_path):
     build(jsonl, tmp_path / "same")
     assert folder_bytes(tmp_path / "same") == folder_bytes(made)
-    build(jsonl, tmp_path / "other", "--seed", 1)
+    assert build(jsonl, tmp_path / "other", "--seed", 1)["seed"] == 1
     assert set(read_documents(tmp_path / "other", "val")) != set(read_documents(made, "val"))
 
 
