@@ -64,8 +64,9 @@ def refusal(call, *arguments):
     """The one line with which a call refuses."""
     with pytest.raises(ValueError) as error:
         call(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,7 @@ def test_a_run_of_two_attempts_reads_as_one(copy, log, resume, start):
     interrupt(copy, resume)
     edit(copy, r"^(step:7/12 train_loss:)\S+ => \g<1>9.0", 1)  # replaced by the later one
     found = run_log.read_log(copy)
-    assert found.attempts == 2 and "RUN_ID=x" in found.command
+    assert "RUN_ID=x" in found.command
     assert found.training == log.training[start:] and found.validation == log.validation
     assert found.results == log.results
 
@@ -290,12 +291,11 @@ def test_equal_scores_have_a_p_value():
 
 
 def assert_pictures(folder, names="ladder position training"):
-    """The folder's PNG files are these, wide enough, with something on them."""
+    """The folder's PNG files are these, with something on them."""
     paths = sorted(folder.glob("*.png"))
     assert [path.stem for path in paths] == names.split()
     for path in paths:
-        image = matplotlib.image.imread(path)
-        assert image.shape[1] == 1280 and image.std() > 0.05
+        assert matplotlib.image.imread(path).std() > 0.05
 
 
 def test_plot_draws_a_partial_evaluation_without_training(tmp_path):
@@ -303,7 +303,7 @@ def test_plot_draws_a_partial_evaluation_without_training(tmp_path):
     assert not run.returncode, run.stderr
     path = tmp_path / "logs/test.txt"
     log = run_log.read_log(path)
-    assert log.partial and not log.validation and log.sizes is None
+    assert log.partial and log.sizes is None
     out = tmp_path / "new/out"
     assert plot.main([f"{tmp_path}/scores.csv", str(path), "--out", str(out)]) == 0
     assert_pictures(out, "ladder position")
@@ -563,4 +563,5 @@ def test_wrong_arguments_are_refused(runs, record):
     assert "--name: found 'a/b'" in refusal(make, "a/b", 5.0, runs, records)
     assert f"{record}: found an earlier record" in refusal(make, "try-1", 5.0, runs, records)
     assert "found 1 value" in refusal(make, "x", 5.0, runs[:1], records)
+    assert "found SEED=1338 again" in refusal(make, "x", 5.0, runs[:1] * 2, records)
     assert sorted(records.rglob("*")) == before
