@@ -406,6 +406,7 @@ def test_a_record_holds_what_checks_its_number(runs, record):
     for text in (
         " | std | seed 1337 | seed 1338 | published | published delta |",
         f" | **{summary.mean:.4f}** | {gain:+.4f} | ",
+        "the ladder; below the threshold 5.0.",
         "demo corpus on a CPU",
         *(f"\n    {log.command}\n" for log in logs),
     ):
