@@ -276,6 +276,15 @@ def test_the_records_quantiser_gives_the_published_artifact():
         assert_equal_states(ours[part], published[part])
 
 
+def test_a_scalar_scale_is_read():
+    """The published writer gives large tensors that are not matrices one fp32 scale."""
+    content = tg.quantize({}, [], 0)
+    content["quantized"]["v"] = torch.tensor([2, -3], dtype=torch.int8)
+    content["scales"]["v"] = torch.tensor(0.5)
+    content["dtypes"]["v"] = "float32"
+    assert tg.dequantize(content)["v"].tolist() == [1.0, -1.5]
+
+
 def test_export_writes_both_files_and_their_sizes(model, tmp_path, capsys):
     packed = tg.export(model, tg.RunLog()).stat().st_size
     raw = (tmp_path / "final_model.pt").stat().st_size
