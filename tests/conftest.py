@@ -66,13 +66,11 @@ def invocation(out_dir, ranks=0, script=ROOT / "train_gpt.py", restarts=0, **set
     env = {key: value for key, value in os.environ.items() if key not in ours}
     env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out_dir), "RUN_ID": "test"} | TINY_RUN | settings
     env = {key: value for key, value in env.items() if value is not None}
-    torchrun = [
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        f"--max-restarts={restarts}",
-    ]
-    return [sys.executable, *(["-m", *torchrun] if ranks else []), str(script)], env
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    return [*command, str(script)], env
 
 
 def run_script(out_dir, ranks=0, **settings):
@@ -81,15 +79,6 @@ def run_script(out_dir, ranks=0, **settings):
     return subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=1500, cwd=out_dir
     )
-
-
-def changed_script(folder, old, new):
-    """A copy of the script in which `old`, which must occur once, is `new`: a bug for an audit to find."""
-    source = tg.source_code()
-    assert source.count(old) == 1, old
-    path = folder / "changed.py"
-    path.write_text(source.replace(old, new))
-    return path
 
 
 def script_behind(folder, line):
@@ -255,21 +244,18 @@ class Ended(NamedTuple):
 def run_here(monkeypatch, capfd):
     """Run the program in this process, which saves the start of another.
 
-    A function of OUT_DIR and of settings, as `run_script` is. The lock on OUT_DIR is left out, since
-    this process would hold it until its own end.
+    A function of OUT_DIR and of settings, as `run_script` is. The lock on OUT_DIR and the handlers
+    of signals are left out, since this process would keep both until its own end.
     """
 
     def run(out_dir, **settings):
         _, env = invocation(out_dir, **settings)
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        handlers = [signal.getsignal(number) for number in numbers]
         capfd.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", env)
             patch.setattr(tg.fcntl, "flock", lambda *_: None)
+            patch.setattr(signal, "signal", lambda *_: None)
             status = tg.main()
-        for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
         return Ended(status, *capfd.readouterr())
 
     return run

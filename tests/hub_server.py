@@ -1,145 +1,132 @@
 """A small Hugging Face hub on 127.0.0.1 for the tests: the endpoints our client calls, and ways to fail.
 
-    HEAD, GET  /datasets/REPO/resolve/REVISION/PATH    metadata and bytes; large files answer 302 to the storage host
-    POST       /api/datasets/REPO/paths-info/REVISION  size and hash of each path asked for
-    GET        /PATH on the storage host               the bytes, with Range, as the hub's CDN serves them
+    HEAD   /datasets/REPO/resolve/REVISION/PATH           metadata
+    GET    /datasets/REPO/resolve/REVISION/PATH           302 to the storage host
+    GET    .../PATH?signature=secret                      the bytes, with Range, as the hub's CDN serves them
+    POST   /api/datasets/REPO/paths-info/REVISION         size and hash of each path asked for
 
-The storage host is a second port, hence a second origin: a token that leaked to it would show in its requests.
+The storage host is the same server under another name, hence another origin: a token that leaked to it would show.
 """
 
 import hashlib
 import json
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
+REPO = "willdepueoai/parameter-golf"
 COMMIT = "c0ffee" + "0" * 34
 
 
 class Request(NamedTuple):
-    """One request as the server saw it: what the client asked for, and with which credentials."""
+    """One request as the server saw it. The name is that of the file, beneath datasets/."""
 
-    method: str
-    path: str
+    name: str
+    url: str
     range: str | None
     token: str | None
 
 
-class HubServer:
-    """What the hub lists (`files`), what it really sends where that differs (`sent_instead`), and how it breaks."""
+class HubServer(ThreadingHTTPServer):
+    """A hub with these files, and the ways in which it breaks."""
 
-    def __init__(self, repo: str, files: dict[str, bytes]):
-        self.repo, self.files = repo, dict(files)
-        self.commit_header = {
-            "X-Repo-Commit": COMMIT
-        }  # how a client knows a hub from any other web server
-        self.sent_instead: dict[str, bytes] = {}
-        self.status: dict[str, int] = {}  # path -> answer every request for it with this status
-        self.listed_size: dict[str, int] = {}  # path -> a size to claim in paths-info
-        self.cut: dict[str, int] = {}  # path -> close the next transfer after so many bytes
-        self.status_after_cut = 0  # ... and from then on answer with this status, if any
-        self.requests: list[Request] = []
-        self.storage_requests: list[Request] = []
-        self.bytes_sent: Counter[str] = Counter()  # path -> body bytes, over all requests
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.files = files
+        self.damaged = {}  # name -> the bytes to send in place of the listed ones
+        # How a client knows a hub from any other web server.
+        self.commit_header = {"X-Repo-Commit": COMMIT}
+        self.status = {}  # name -> the answer to every request for it
+        self.listed_size = {}  # path -> a size to claim
+        self.cut = {}  # name -> break its transfer after so many bytes, then answer 503
+        self.requests = []  # to the hub
+        self.downloads = []  # to the storage host
 
     def __enter__(self):
-        handlers = [type(base.__name__, (base,), {"hub": self}) for base in (Hub, Storage)]
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in handlers]
-        for server in self.servers:
-            Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.endpoint, self.storage = (
-            f"http://127.0.0.1:{server.server_port}" for server in self.servers
-        )
+        serve = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        serve.start()
         return self
 
     def __exit__(self, *exc):
-        for server in self.servers:
-            server.shutdown()
-            server.server_close()
-
-    def describe(self, path: str) -> dict:
-        """The paths-info entry: git's hash for small files, an LFS record with sha256 for the rest."""
-        data = self.files[path]
-        size = self.listed_size.get(path, len(data))
-        if is_small(path):
-            oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            return {"type": "file", "path": path, "size": size, "oid": oid}
-        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
-        return {"type": "file", "path": path, "size": size, "oid": "0" * 40, "lfs": lfs}
+        self.shutdown()
+        self.server_close()
 
 
-def is_small(path: str) -> bool:
-    return path.endswith((".json", ".vocab"))
+def describe(name: str, data: bytes) -> dict:
+    """What a hub lists of a file: git's hash if it is small, an LFS record with sha256 otherwise."""
+    entry = {"type": "file", "path": f"datasets/{name}", "size": len(data), "oid": "0" * 40}
+    if name.endswith((".json", ".vocab")):
+        entry["oid"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    else:
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 134}
+    return entry
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What both hosts share: sending a body, or part of it, or a broken one."""
-
-    hub: HubServer
+    server: HubServer
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
         """Quiet: the tests read `requests` instead."""
 
-    def seen(self) -> Request:
+    def answer(self, status, headers, body=b""):
+        self.send_response(status)
+        headers = {"Content-Length": len(body)} | headers
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def seen(self):
+        path = self.path.removesuffix("?signature=secret")
+        name = path.removeprefix(f"/datasets/{REPO}/resolve/").partition("/datasets/")[2]
         return Request(
-            self.command, self.path, self.headers.get("Range"), self.headers.get("Authorization")
+            name, self.path, self.headers.get("Range"), self.headers.get("Authorization")
         )
 
-    def answer(self, status: int, headers: dict | None = None, body: bytes = b"") -> None:
-        self.send_response(status)
-        for key, value in ({"Content-Length": len(body)} | (headers or {})).items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+    def do_HEAD(self):
+        request = self.seen()
+        self.server.requests.append(request)
+        self.answer(self.server.status.get(request.name, 200), self.server.commit_header)
 
-    def send_file(self, path: str) -> None:
-        if status := self.hub.status.get(path):
-            return self.answer(status)
-        data, start = self.hub.sent_instead.get(path, self.hub.files[path]), 0
-        headers = {"ETag": '"tag"'}
-        if asked := self.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        body = kept = data[start:]
-        if path in self.hub.cut:
-            kept, self.hub.status[path] = body[: self.hub.cut.pop(path)], self.hub.status_after_cut
-        self.hub.bytes_sent[path] += len(kept)
-        self.answer(206 if asked else 200, headers | {"Content-Length": len(body)}, kept)
-        self.close_connection = len(kept) < len(
-            body
-        )  # the client was promised more: a broken transfer
-
-
-class Hub(Handler):
     def do_GET(self):
-        self.hub.requests.append(self.seen())
-        path = self.path.removeprefix(f"/datasets/{self.hub.repo}/resolve/").partition("/")[2]
-        commit = self.hub.commit_header
-        if path not in self.hub.files:
-            self.answer(404, commit | {"X-Error-Code": "EntryNotFound"})
-        elif not is_small(path):
-            self.answer(302, commit | {"Location": f"{self.hub.storage}/{path}?signature=secret"})
-        elif self.command == "HEAD" and path not in self.hub.status:
-            self.answer(
-                200, commit | {"ETag": '"tag"', "Content-Length": len(self.hub.files[path])}
-            )
+        request = self.seen()
+        if "signature" in self.path:
+            self.server.downloads.append(request)
+            self.send_file(request)
         else:
-            self.send_file(path)
+            self.server.requests.append(request)
+            storage = f"http://localhost:{self.server.server_port}{self.path}?signature=secret"
+            self.answer(302, {"Location": storage})
 
-    do_HEAD = do_GET
+    def send_file(self, request):
+        """The file from where the client asks for it on, or a part of that, or an error."""
+        hub = self.server
+        name = request.name
+        if name in hub.status:
+            return self.answer(hub.status[name], {})
+        data = hub.damaged.get(name, hub.files[name])
+        start = 0
+        if request.range:
+            start = int(request.range.removeprefix("bytes=").removesuffix("-"))
+        body = data[start:]
+        headers = {"Content-Length": len(body)}
+        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if name in hub.cut:
+            body = body[: hub.cut.pop(name)]
+            hub.status[name] = 503
+            self.close_connection = True  # although more was promised: a broken transfer
+        self.answer(206 if start else 200, headers, body)
 
     def do_POST(self):
-        self.hub.requests.append(self.seen())
+        hub = self.server
+        hub.requests.append(self.seen())
         form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        listed = [self.hub.describe(path) for path in form["paths"] if path in self.hub.files]
+        names = [path.removeprefix("datasets/") for path in form["paths"]]
+        listed = [describe(name, hub.files[name]) for name in names if name in hub.files]
+        for entry in listed:
+            entry["size"] = hub.listed_size.get(entry["path"], entry["size"])
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())
-
-
-class Storage(Handler):
-    def do_GET(self):
-        self.hub.storage_requests.append(self.seen())
-        self.send_file(self.path.removeprefix("/").partition("?")[0])

@@ -61,7 +61,6 @@ def test_merged_weights_equal_adapters(rt, tied):
     found = model(ids, targets, adapters=loras)
     # Always an untied head, so that one that was tied can be merged alone.
     merged = tg.GPT(tiny_config(tie_embeddings=False), rt.dtype)
-    assert len(by_name(loras)) == 3 * 6 + 1
     for row in range(2):
         state = model.state_dict()
         state["lm_head.weight"] = model.lm_head.weight.float()
@@ -82,6 +81,8 @@ def test_targets_name_the_adapted_projections(rt, targets):
     everywhere = [f"blocks.{i}.{part}" for i in range(2) for part in PARTS.values()]
     everywhere.append("lm_head")
     assert list(found) == [name for name in everywhere if name.endswith(targets)]
+    parts = [tensor.flatten() for lora in found.values() for tensor in lora]
+    assert torch.equal(torch.cat(parts), adapters.start)
     for name, (a, b) in found.items():
         out_dim, in_dim = model.get_submodule(name).weight.shape
         assert a.shape == (1, 4, in_dim)
@@ -95,7 +96,6 @@ def test_every_document_starts_from_one_draw_that_changes_nothing(rt):
     cfg = tiny_config()
     model = tiny_model(cfg, rt)
     adapters = adapters_of(model, rt, slots=3)
-    assert (adapters.state.flat == adapters.start).all()
     ids, targets = batch(3)
     loras = adapters.unflatten(adapters.state.flat)
     assert torch.equal(model(ids, targets, adapters=loras), model(ids, targets))

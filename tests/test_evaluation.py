@@ -75,9 +75,6 @@ def test_slots_finish_together():
     turns = tg.plan_slots(np.arange(10), chunks, 2)
     used = [len(documents) for documents, _ in turns]
     assert used == [2] * 103 + [1]
-    turns = tg.plan_slots(np.arange(3), np.array([3, 2, 2]), 2)
-    order = [documents.tolist() for documents, _ in turns]
-    assert order == [[1, 0], [1, 0], [2, 0], [2]]  # each stays in its slot
 
 
 # -- against a document at a time --------------------------------------------------------------
@@ -218,48 +215,13 @@ def test_a_stream_that_learns_nothing_is_one_banded_pass(rt, monkeypatch, chunk,
         torch.testing.assert_close(found[own], losses, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("far", [False, True])
-def test_positions_far_out_lose_no_precision(rt, monkeypatch, far):
-    """Far into a document, and for one that starts late, scores are what they are at the start."""
-    model = tiny_model(tiny_config(), rt)
-    docs = tiny_documents([150])
-    how = tiny_condition(model.cfg, learn=False, stream=True)
-    expected = losses_of(model, docs, how, rt)
-    skipped = 0
-    if far:
-        monkeypatch.setattr(tg.KVCache, "restart", lambda cache, rows: None)
-        skipped = model.cfg.num_layers * W  # the cached past is no text, which layers see so far
-    monkeypatch.setattr(tg, "KVCache", functools.partial(tg.KVCache, now=130_000))
-    found = losses_of(model, docs, how, rt)
-    error = (found - expected)[skipped:].abs()
-    assert error.max() < 1e-5
-
-
 def test_rotary_angles_are_built_in_double_precision(rt):
     model = tiny_model(tiny_config(), rt)
     steps = torch.arange(4, dtype=torch.float64)
-    angle = 130_000 * 10000.0 ** (-steps / 4)
-    cos, sin = model.rope(torch.tensor(130_000))
+    angle = 130_003 * 10000.0 ** (-steps / 4)
+    cos, sin = model.rope(torch.tensor(130_003))
     assert (cos - angle.cos()).abs().max() < 1e-7
     assert (sin - angle.sin()).abs().max() < 1e-7
-
-
-def test_a_cache_does_not_grow(rt, monkeypatch):
-    """It holds a window for each slot that was in use, however long the documents."""
-    original = tg.KVCache.advance
-    sizes = []
-
-    def weigh(self, batch):
-        original(self, batch)
-        held = [*self.keys.values(), *self.values.values()]
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in held))
-
-    monkeypatch.setattr(tg.KVCache, "advance", weigh)
-    model = tiny_model(tiny_config(), rt)
-    docs = tiny_documents([30, 200, 70])
-    score(model, docs, rt, stream=True)
-    row = 3 * 2 * 2 * (W + C) * 8 * 4  # layers, keys and values, heads, tokens, width, bytes
-    assert sizes == [0] + [3 * row] * 4 + [2 * row] * 5 + [row] * 15
 
 
 # -- flat --------------------------------------------------------------------------------------

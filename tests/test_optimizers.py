@@ -8,7 +8,7 @@ from conftest import CPU, tiny_config, tiny_model
 
 import train_gpt as tg
 
-SHAPES = ((48, 32), (32, 32), (32, 64), (16, 32), (64, 32))
+SHAPES = ((48, 32), (32, 32), (32, 64), (16, 32), (32, 64))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 64), (64, 128)])
@@ -20,30 +20,34 @@ def test_orthogonalize_against_float64(shape):
     torch.manual_seed(0)
     batch = torch.randn(3, *shape) * torch.tensor([1e-3, 1, 1e3])[:, None, None]
     for matrix, ours in zip(batch, tg.orthogonalize(batch, 5).double(), strict=True):
-        left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-        inside = left.T @ ours @ right.T  # diagonal if the vectors are the same
+        exact = torch.linalg.svd(matrix.double(), full_matrices=False)
+        inside = exact.U.T @ ours @ exact.Vh.T  # diagonal if the vectors are the same
         # Five steps cannot lift what starts at almost nothing, the last 4.
         lifted = inside[:60, :60]
         assert (lifted - torch.eye(60)).abs().max() < 0.35
 
 
-def take_steps(rt, count=1, rates=(0.02,)):
-    """Muon's steps on matrices of several shapes, with a new gradient each time, and a group for each rate.
+def draw_matrices(seed):
+    """Random matrices of several shapes."""
+    torch.manual_seed(seed)
+    return [torch.randn(shape) for shape in SHAPES]
 
-    Returns the matrices, their first gradients and the optimizer.
+
+def take_steps(rt, count=1, rates=(0.02,)):
+    """Muon's steps on matrices, with a new gradient each time, and a group for each rate.
+
+    Returns the matrices and the optimizer.
     """
-    torch.manual_seed(3)
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    grads = [torch.randn(shape) for shape in SHAPES]
+    params = [torch.nn.Parameter(matrix) for matrix in draw_matrices(3)]
     groups = []
     for i, rate in enumerate(rates):
         groups.append({"params": params[i :: len(rates)], "lr": rate, "momentum": 0.9})
     muon = tg.Muon(groups, 5, rt)
     for step in range(count):
-        for p, grad in zip(params, grads, strict=True):
+        for p, grad in zip(params, draw_matrices(4), strict=True):
             p.grad = grad.roll(step)
         muon.step()
-    return params, grads, muon
+    return params, muon
 
 
 def follow_formula(p, grad, count, rate):
@@ -61,8 +65,9 @@ def follow_formula(p, grad, count, rate):
 
 
 def test_muon_follows_its_formula(rt):
-    start, _, _ = take_steps(rt, 0)
-    params, grads, _ = take_steps(rt, 3, (0.02, 0.005))
+    params, _ = take_steps(rt, 3, (0.02, 0.005))
+    start = draw_matrices(3)
+    grads = draw_matrices(4)
     for i, after in enumerate(params):
         rate = 0.005 if i % 2 else 0.02
         expected = follow_formula(start[i].double(), grads[i], 3, rate)
@@ -72,7 +77,12 @@ def test_muon_follows_its_formula(rt):
 
 def test_muon_works_in_the_compute_dtype(monkeypatch):
     seen = set()
-    monkeypatch.setattr(tg, "orthogonalize", lambda x, steps: seen.add(x.dtype) or x)
+
+    def note(matrices, steps):
+        seen.add(matrices.dtype)
+        return matrices
+
+    monkeypatch.setattr(tg, "orthogonalize", note)
     take_steps(tg.Runtime(CPU, torch.bfloat16))
     assert seen == {torch.bfloat16}
 
@@ -85,10 +95,10 @@ def test_muon_shares_its_work_by_one_all_reduce(rt, monkeypatch, world):
     """
     sent = []
     monkeypatch.setattr(tg.Runtime, "sum", lambda rt, flat: sent.append(flat.clone()))
-    _, _, alone = take_steps(rt)
+    _, alone = take_steps(rt)
     sizes = [rows * cols for rows, cols in SHAPES]
     for rank in range(world):
-        _, _, muon = take_steps(replace(rt, rank=rank, world=world))
+        _, muon = take_steps(replace(rt, rank=rank, world=world))
         states = [each.state_dict()["state"] for each in (muon, alone)]
         torch.testing.assert_close(*states, atol=0, rtol=0)
     whole, *parts = sent
@@ -111,7 +121,6 @@ def test_every_parameter_has_the_optimizer_and_the_rate_of_its_role(rt, tied):
     found = {}
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
-            assert group["lr"] == group["base_lr"]
             found |= {names[p]: (optimizer, group["lr"]) for p in group["params"]}
     expected = dict.fromkeys(names.values(), (adam, 0.01))
     for name in expected:
@@ -125,14 +134,7 @@ def test_every_parameter_has_the_optimizer_and_the_rate_of_its_role(rt, tied):
     assert (adam.defaults["betas"], adam.defaults["eps"]) == ((0.9, 0.95), 1e-8)
 
 
-def test_a_parameter_without_a_role_is_noticed(rt):
-    model = tiny_model(tiny_config(), rt)
-    model.blocks[1].register_parameter("extra", torch.nn.Parameter(torch.ones(2)))
-    with pytest.raises(AssertionError, match=r"blocks\.1\.extra has no Role"):
-        tg.build_optimizers(model, rt)
-
-
-CAPPED = {"iterations": 10**6, "warmdown_iters": 20, "max_wallclock_seconds": 100.0}
+CAPPED = {"iterations": 1_000_000, "warmdown_iters": 20, "max_wallclock_seconds": 100.0}
 
 
 @pytest.mark.parametrize(
@@ -143,8 +145,7 @@ CAPPED = {"iterations": 10**6, "warmdown_iters": 20, "max_wallclock_seconds": 10
             {(0, 1e6): 1, (80, 1e6): 0.5, (100, 1e6): 0},
         ),
         # 1 s a step: the last 20 steps fall linearly; a slower pace starts earlier.
-        (CAPPED, {(0, 0): 1, (90, 90): 0.5}),
-        (CAPPED, {(30, 60): 1, (35, 70): 0.75, (60, 120): 0}),
+        (CAPPED, {(0, 0): 1, (90, 90): 0.5, (30, 60): 1, (35, 70): 0.75, (60, 120): 0}),
         (CAPPED | {"warmdown_iters": 0}, {(99, 99): 1}),
     ],
 )

@@ -193,19 +193,13 @@ def test_any_number_of_ranks_trains_alike(runs, ranks):
 
 
 def test_a_checkpoint_is_scored_like_the_artifact_of_its_training(runs, run_here, tmp_path):
-    """To the last digit, in other company. Deltas refer to the first rung that is there.
-
-    It is made an artifact under a name that is no other run's.
-    """
+    """To the last digit, in other company. It is made an artifact under a name of its own."""
     text, folder = runs[1]
     settings = {"EVAL_ONLY": "1", "MODEL_PATH": str(folder / CHECKPOINT), "EVAL": "ttt,stride,doc"}
     again = run_here(tmp_path, **settings | ALL_DOCUMENTS).out
     assert list_files(tmp_path) == ["eval_test.step000000003.int8.ptz", "logs/test.txt"]
     before = read_scores(text)
-    scores = read_scores(again)
-    assert scores == {name: before[name] for name in ("ttt", "stride", "doc")}
-    deltas = re.findall(r"^ladder condition:(\w+) .* delta_bpb:(\S+)", again, re.M)
-    assert deltas == [(name, f"{bpb - scores['ttt']:+.4f}") for name, bpb in scores.items()]
+    assert read_scores(again) == {name: before[name] for name in ("ttt", "stride", "doc")}
     # What learns is audited, and the rung that the run ends with.
     assert re.findall(r"^audit causality: condition:(\w+) ", again, re.M) == ["ttt", "doc"]
 
@@ -216,7 +210,9 @@ def test_a_published_artifact_needs_no_shape_and_no_training_shards(
     """It is read where it lies. OUT_DIR takes everything, and every line but the JSON says partial."""
     link_shards(tmp_path / "data", VAL)
     monkeypatch.chdir(tmp_path)
-    text = run_here("made/on demand", **EVAL_ARTIFACT, DATA_PATH="data", MAX_VAL_DOCS="2").out
+    brief = {"MAX_VAL_DOCS": "2", "ARTIFACT_BUDGET": "9"}
+    text = run_here("made/on demand", **EVAL_ARTIFACT, DATA_PATH="data", **brief).out
+    assert re.search(r"^submission_size:\d+ budget:9 headroom:-\d+ FAIL partial$", text, re.M)
     assert " num_layers:3 model_dim:128 partial\n" in text
     assert read_scores(text)["flat"] > 2
     for line in text.splitlines():
@@ -225,7 +221,7 @@ def test_a_published_artifact_needs_no_shape_and_no_training_shards(
     assert list_files(tmp_path) == [f"data/{VAL}", "made/on demand/logs/test.txt"]
 
 
-def test_two_ranks_round_an_unusual_model_to_its_budget(run_here, tmp_path):
+def test_two_ranks_round_an_unusual_model_to_its_budget(tmp_path):
     """No skip weights, a head of its own, a document for one rank only; stopped by rank 0's clock.
 
     Rank 0 rounds the weights while the other waits, and both read them back.
@@ -242,11 +238,6 @@ def test_two_ranks_round_an_unusual_model_to_its_budget(run_here, tmp_path):
     assert read_scores(done.stdout)["flat"] == pytest.approx(float(trained), abs=0.05)
     sizes = rf"^submission_size:\d+ budget:{budget} headroom:(\d+) PASS"
     assert int(re.search(sizes, done.stdout, re.M)[1]) < 12_000
-    # Without shards to learn from, nothing can be rounded.
-    settings = {"EVAL_ONLY": "1", "MODEL_PATH": str(tmp_path / "final_model.pt"), "RESUME": "auto"}
-    settings["DATA_PATH"] = str(link_shards(tmp_path / "data", VAL))
-    refused = run_here(tmp_path, ARTIFACT_BUDGET=budget, **settings)
-    assert re.fullmatch(r"error: ARTIFACT_BUDGET=\d+: .* training shards.*\n", refused.err)
 
 
 def test_text_before_the_first_document_is_accounted_for(run_here, tmp_path):
@@ -264,9 +255,6 @@ def test_text_before_the_first_document_is_accounted_for(run_here, tmp_path):
     for name, counts in covered.items():
         audit = f"condition:{name} targets:2800 {counts} beyond_max_val_docs:0 PASS"
         assert f"\naudit coverage: {audit}\n" in text
-    found = {name: result["documents"] for name, result in read_results(text).items()}
-    assert found == {"flat": (stream[:2561] == 1).sum(), "doc": documents}
-    assert re.findall(r"^sha256 val:\w{64} \w+_(\d+)\.bin$", text, re.M) == ["000000", "000001"]
 
 
 def test_bad_settings_fail_in_one_line_on_every_rank(tmp_path):
@@ -276,7 +264,6 @@ def test_bad_settings_fail_in_one_line_on_every_rank(tmp_path):
     assert done.returncode != 0 and done.stdout == ""
     problem = "MATRIX_LR='fast': expected a number from 0 to 1e+18; give such a value or unset it"
     assert re.findall("^error: .*", done.stderr, re.M) == [f"error: {problem}"]
-    assert list_files(tmp_path) == [script.name]
 
 
 def test_one_rank_that_refuses_stops_the_others_with_its_line(tmp_path):
@@ -291,7 +278,7 @@ def test_one_rank_that_refuses_stops_the_others_with_its_line(tmp_path):
 def test_progress_is_for_people(tmp_path):
     """Bars appear on a terminal only; neither standard output nor the log ever holds one."""
     terminal = "tg.sys.stderr.isatty = lambda: True"
-    done = run_forked(tmp_path, hook=terminal, ITERATIONS="12", EVAL="flat")
+    done = run_forked(tmp_path, hook=terminal, EVAL="flat")
     assert done.returncode == 0
     for what in ("training", "evaluating"):
         assert re.search(rf"{what} +\d+%\|", done.stderr)
