@@ -1948,50 +1948,40 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class RoundingPlan:
-    """Matrices of one shape, prepared for `round_matrices`.
+    """One matrix, prepared for `round_matrix`.
 
     Columns are rounded last to first; each corrects for the errors of those already rounded. The
     remaining error e of a weight costs (care e)^2. Source: GPTQ, https://arxiv.org/abs/2210.17323,
     as Babai's nearest plane.
     """
 
-    names: list
-    weights: Tensor  # (K, in, out), transposed
-    feedback: Tensor  # (K, in, in)
-    care: Tensor  # (K, in, out)
+    weights: Tensor  # (in, out), transposed: a column is a row here
+    feedback: Tensor  # (in, in)
+    care: Tensor  # (in, out)
 
 
-def plan_rounding(state: dict, stats: dict) -> list:
-    """One `RoundingPlan` per shape, for all matrices with statistics."""
-    names = list(stats)
-    plans = []
-    for same in group_by_shape([state[name] for name in names], range(len(names))):
-        chosen = [names[i] for i in same]
-        weights = torch.stack([state[name].float().mT for name in chosen])
-        moments = torch.stack([stats[name].moments for name in chosen])
-        slopes = torch.stack([stats[name].slopes for name in chosen])
-        # Damping, so that directions which the sample missed still count.
-        size = moments.diagonal(0, 1, 2).mean(1)[:, None, None]
-        identity = torch.eye(moments.size(1), device="cpu")
-        factor = torch.linalg.cholesky(moments + (0.1 * size + 1e-30) * identity).mT
-        pivots = factor.diagonal(0, 1, 2)[:, :, None]
-        slopes = slopes + 0.01 * slopes.mean(1, keepdim=True) + 1e-30
-        plans.append(
-            RoundingPlan(chosen, weights, factor / pivots, pivots * slopes.sqrt()[:, None])
-        )
-    return plans
+def plan_rounding(weight: Tensor, stats: MatrixStats) -> RoundingPlan:
+    """The plan of one matrix (out, in), given its statistics."""
+    moments, slopes = stats
+    # Damping, so that directions which the sample missed still count.
+    damping = 0.1 * moments.diagonal().mean() + 1e-30
+    identity = torch.eye(len(moments), device="cpu")
+    factor = torch.linalg.cholesky(moments + damping * identity).mT
+    pivots = factor.diagonal()[:, None]
+    slopes = slopes + 0.01 * slopes.mean() + 1e-30
+    return RoundingPlan(weight.float().mT, factor / pivots, pivots * slopes.sqrt())
 
 
-def round_matrices(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
-    """(q (K, out, in) within +-127, scales fp16 (K, out)): a matrix is about q * scales[:, None].
+def round_matrix(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
+    """(q (out, in) within +-127, scales fp16 (out,)): the matrix is about q * scales[:, None].
 
     The ideal step of each weight is unit / care. A row's scale is its finest step, within the range
     of int8; less sensitive columns use multiples of it, which compress better.
     """
     w = plan.weights
     ideal = unit / plan.care
-    largest = w.abs().amax(1, keepdim=True)
-    finest = ideal.amin(1, keepdim=True).minimum(2 * largest)
+    largest = w.abs().amax(0)
+    finest = ideal.amin(0).minimum(2 * largest)
     scale = finest.maximum(largest / 127).clamp(2**-24, 2**15)  # within fp16
     # Round up to 2^(k/4): few values compress well.
     scale = ((4 * scale.log2()).ceil() / 4).exp2().half().float()
@@ -1999,44 +1989,33 @@ def round_matrices(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
     steps = scale * ticks
     limits = (127 / ticks).floor()
     error = torch.zeros_like(w)
-    for end in range(w.size(1), 0, -128):
+    for end in range(len(w), 0, -128):
         # In blocks, since one large product is faster than many small ones.
         begin = max(0, end - 128)
-        block = slice(begin, end)
-        wanted = w[:, block] + plan.feedback[:, block, end:] @ error[:, end:]
+        wanted = w[begin:end] + plan.feedback[begin:end, end:] @ error[end:]
         for j in reversed(range(begin, end)):
-            inside = plan.feedback[:, j : j + 1, j + 1 : end] @ error[:, j + 1 : end]
-            column = wanted[:, j - begin] + inside[:, 0]
-            whole = (column / steps[:, j]).round().clamp(-limits[:, j], limits[:, j])
-            error[:, j] = w[:, j] - whole * steps[:, j]
-    return ((w - error) / scale).round().mT, scale[:, 0].half()
+            column = wanted[j - begin] + plan.feedback[j, j + 1 : end] @ error[j + 1 : end]
+            whole = (column / steps[j]).round().clamp(-limits[j], limits[j])
+            error[j] = w[j] - whole * steps[j]
+    return ((w - error) / scale).round().mT, scale.half()
 
 
-def quantize(state: dict, plans: list, unit: float) -> dict:
+def quantize(state: dict, plans: dict, unit: float) -> dict:
     """The artifact's content in the published layout (spec section 5), from a state dict on the CPU.
 
-    The matrices in `plans` become int8, others fp16 unless they overflow. Without plans every
-    tensor stays as it is.
+    The matrices that have a plan, by name, become int8. Other tensors stay as they are.
     """
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
     content = {"__quant_format__": QUANT_FORMAT} | {part: {} for part in parts}
-    rounded = {}
-    for plan in plans:
-        rounded |= zip(plan.names, zip(*round_matrices(plan, unit), strict=True), strict=True)
     for name, tensor in state.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        half = tensor.half()
-        if name in rounded:
-            q, scale = rounded[name]
-            content["quantized"][name] = q.char().contiguous()
-            content["scales"][name] = scale
-            content["dtypes"][name] = dtype
-            content["qmeta"][name] = {"scheme": "per_row", "axis": 0}
-        elif plans and half.isfinite().all():
-            content["passthrough"][name] = half.contiguous()
-            content["passthrough_orig_dtypes"][name] = dtype
-        else:
+        if name not in plans:
             content["passthrough"][name] = tensor
+            continue
+        q, scale = round_matrix(plans[name], unit)
+        content["quantized"][name] = q.char().contiguous()
+        content["scales"][name] = scale
+        content["dtypes"][name] = str(tensor.dtype).removeprefix("torch.")
+        content["qmeta"][name] = {"scheme": "per_row", "axis": 0}
     return content
 
 
