@@ -1909,7 +1909,7 @@ def calibrate(model: GPT, stream: TokenStream, rows: int, log: RunLog, length: i
     for stat in stats.values():
         for sums in stat:
             sums.div_(used * length)
-    return {name: stat for name, stat in stats.items() if stat.moments.any()}
+    return stats
 
 
 def watch(module: nn.Module) -> MatrixStats:
@@ -2025,45 +2025,32 @@ def pack(content: dict) -> bytes:
     return deflater.compress(torch_bytes(content)) + deflater.flush()
 
 
-def guess_unit(plans: list, bits: float) -> float:
-    """Estimate log2 of the unit that spends `bits` per weight."""
-    # The entropy of a Gaussian in steps is log2(spread) + log2(sqrt(2 pi e)), about 2.
-    spreads = [(plan.weights.std(1, keepdim=True) * plan.care).flatten() for plan in plans]
-    return torch.cat(spreads).log2().median().item() + 2 - bits
+def search_artifact(artifact_at: Callable, room: int, slope: float) -> bytes:
+    """The finest artifact of at most `room` bytes, to within 1 %; the coarsest if none fits.
 
-
-def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> float | None:
-    """log2 of nearly the smallest unit whose artifact fits into `room` bytes; None if none does.
-
-    Doubling the unit saves about a bit per weight. Secant steps from `guess` and `slope` (bytes per
-    doubling), then bisection, to within 1 % of `room`.
+    `artifact_at` takes log2 of the unit. Doubling the unit saves about a bit per weight: `slope`
+    bytes in all. Steps of that slope, then bisection.
     """
-    low = -60.0  # its artifact is assumed too large
-    high = 60.0  # the smallest artifact
-    least = size_at(high)
-    if least > room:
-        return None
-    unit = max(low, min(high, guess))  # a model that is mostly zeros has a guess of -inf
-    last_unit = last_size = None
+    low = -60.0  # int8 has no finer steps
+    high = 60.0  # every weight is 0
+    best = artifact_at(low)
+    if len(best) <= room:
+        return best
+    best = artifact_at(high)
+    unit = -6.0  # about 3 bits per weight in a trained model
     tries = 0
-    while high - low > 0.05:
-        size = size_at(unit)
+    while len(best) < 0.99 * room and high - low > 0.05:
+        blob = artifact_at(unit)
         tries += 1
-        if size > room:
+        if len(blob) > room:
             low = unit
         else:
             high = unit
-            is_finest = size == last_size > least and unit < last_unit
-            if size > 0.99 * room or is_finest:
-                break  # close enough, or int8 has no finer steps
-        if last_size and size != last_size:
-            slope = (last_size - size) / (unit - last_unit)
-        last_unit = unit
-        last_size = size
-        unit += (size - 0.995 * room) / slope
+            best = blob
+        unit += (len(blob) - 0.995 * room) / slope
         if tries > 8 or not low < unit < high:
             unit = (low + high) / 2
-    return high
+    return best
 
 
 def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> bytes:
@@ -2074,10 +2061,9 @@ def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> b
     made_with = {"made_with": model.made_with}
     budget = model.cfg.artifact_budget
     room = budget - len(source_code().encode())
-    if sum(tensor.nbytes for tensor in state.values()) < 1.4 * room:
-        exact = pack(quantize(state, [], 0) | made_with)
-        if len(exact) <= room:
-            return exact
+    exact = pack(quantize(state, {}, 0) | made_with)
+    if len(exact) <= room:
+        return exact
     count = sum(tensor.numel() for tensor in state.values())
     rows = min(64, max(4, 8 * 10**7 // count))
     with refusing(
@@ -2085,21 +2071,19 @@ def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> b
         "a finite model and training shards that match it; no artifact was written",
     ):
         require(stream.shards, "no training shards")
-        plans = plan_rounding(state, calibrate(model, stream, rows, log))
-        require(plans, "no matrix that any token reaches")
+        stats = calibrate(model, stream, rows, log)
+        plans = {name: plan_rounding(state[name], stat) for name, stat in stats.items()}
 
-    @functools.cache
     def artifact_at(unit: float) -> bytes:
         return pack(quantize(state, plans, 2.0**unit) | made_with)
 
-    guess = guess_unit(plans, 8 * room / count)
-    unit = search_unit(lambda unit: len(artifact_at(unit)), room, guess, count / 8)
-    if unit is None:
-        raise UserError(
-            f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
-            f" {len(artifact_at(60.0))}; raise the budget and export the .pt file with EVAL_ONLY=1"
-        )
-    return artifact_at(unit)
+    artifact = search_artifact(artifact_at, room, count / 8)
+    require(
+        len(artifact) <= room,
+        f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
+        f" {len(artifact)}; raise the budget and export the .pt file with EVAL_ONLY=1",
+    )
+    return artifact
 
 
 def export(model: GPT, stream: TokenStream, log: RunLog):
