@@ -396,13 +396,3 @@ def test_a_fault_in_the_warm_up_is_undone_with_it(trainer):
     spoil_gradient(trainer, 1)
     trainer.warm_up()
     trainer.check_finite()
-
-
-def test_weights_that_are_not_finite_are_never_exported(tmp_path, rt):
-    """The last step of a training has no later gradient that shows it."""
-    model = tiny_model(tiny_config(out_dir=str(tmp_path)), rt)
-    with torch.no_grad():
-        model.blocks[2].attn.proj.weight[5, 7] = torch.nan
-    with pytest.raises(tg.UserError, match=r"^blocks\.2\.attn\.proj\.weight: .* not finite"):
-        tg.export(model, tg.RunLog())
-    assert not list(tmp_path.iterdir())
