@@ -1909,7 +1909,7 @@ def calibrate(model: GPT, stream: TokenStream, rows: int, log: RunLog, length: i
     for stat in stats.values():
         for sums in stat:
             sums.div_(used * length)
-    return {name: stat for name, stat in stats.items() if stat.moments.any()}
+    return stats
 
 
 def watch(module: nn.Module) -> MatrixStats:
@@ -1948,50 +1948,40 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class RoundingPlan:
-    """Matrices of one shape, prepared for `round_matrices`.
+    """One matrix, prepared for `round_matrix`.
 
     Columns are rounded last to first; each corrects for the errors of those already rounded. The
     remaining error e of a weight costs (care e)^2. Source: GPTQ, https://arxiv.org/abs/2210.17323,
     as Babai's nearest plane.
     """
 
-    names: list
-    weights: Tensor  # (K, in, out), transposed
-    feedback: Tensor  # (K, in, in)
-    care: Tensor  # (K, in, out)
+    weights: Tensor  # (in, out), transposed: a column is a row here
+    feedback: Tensor  # (in, in)
+    care: Tensor  # (in, out)
 
 
-def plan_rounding(state: dict, stats: dict) -> list:
-    """One `RoundingPlan` per shape, for all matrices with statistics."""
-    names = list(stats)
-    plans = []
-    for same in group_by_shape([state[name] for name in names], range(len(names))):
-        chosen = [names[i] for i in same]
-        weights = torch.stack([state[name].float().mT for name in chosen])
-        moments = torch.stack([stats[name].moments for name in chosen])
-        slopes = torch.stack([stats[name].slopes for name in chosen])
-        # Damping, so that directions which the sample missed still count.
-        size = moments.diagonal(0, 1, 2).mean(1)[:, None, None]
-        identity = torch.eye(moments.size(1), device="cpu")
-        factor = torch.linalg.cholesky(moments + (0.1 * size + 1e-30) * identity).mT
-        pivots = factor.diagonal(0, 1, 2)[:, :, None]
-        slopes = slopes + 0.01 * slopes.mean(1, keepdim=True) + 1e-30
-        plans.append(
-            RoundingPlan(chosen, weights, factor / pivots, pivots * slopes.sqrt()[:, None])
-        )
-    return plans
+def plan_rounding(weight: Tensor, stats: MatrixStats) -> RoundingPlan:
+    """The plan of one matrix (out, in), given its statistics."""
+    moments, slopes = stats
+    # Damping, so that directions which the sample missed still count.
+    damping = 0.1 * moments.diagonal().mean() + 1e-30
+    identity = torch.eye(len(moments), device="cpu")
+    factor = torch.linalg.cholesky(moments + damping * identity).mT
+    pivots = factor.diagonal()[:, None]
+    slopes = slopes + 0.01 * slopes.mean() + 1e-30
+    return RoundingPlan(weight.float().mT, factor / pivots, pivots * slopes.sqrt())
 
 
-def round_matrices(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
-    """(q (K, out, in) within +-127, scales fp16 (K, out)): a matrix is about q * scales[:, None].
+def round_matrix(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
+    """(q (out, in) within +-127, scales fp16 (out,)): the matrix is about q * scales[:, None].
 
     The ideal step of each weight is unit / care. A row's scale is its finest step, within the range
     of int8; less sensitive columns use multiples of it, which compress better.
     """
     w = plan.weights
     ideal = unit / plan.care
-    largest = w.abs().amax(1, keepdim=True)
-    finest = ideal.amin(1, keepdim=True).minimum(2 * largest)
+    largest = w.abs().amax(0)
+    finest = ideal.amin(0).minimum(2 * largest)
     scale = finest.maximum(largest / 127).clamp(2**-24, 2**15)  # within fp16
     # Round up to 2^(k/4): few values compress well.
     scale = ((4 * scale.log2()).ceil() / 4).exp2().half().float()
@@ -1999,44 +1989,33 @@ def round_matrices(plan: RoundingPlan, unit: float) -> tuple[Tensor, Tensor]:
     steps = scale * ticks
     limits = (127 / ticks).floor()
     error = torch.zeros_like(w)
-    for end in range(w.size(1), 0, -128):
+    for end in range(len(w), 0, -128):
         # In blocks, since one large product is faster than many small ones.
         begin = max(0, end - 128)
-        block = slice(begin, end)
-        wanted = w[:, block] + plan.feedback[:, block, end:] @ error[:, end:]
+        wanted = w[begin:end] + plan.feedback[begin:end, end:] @ error[end:]
         for j in reversed(range(begin, end)):
-            inside = plan.feedback[:, j : j + 1, j + 1 : end] @ error[:, j + 1 : end]
-            column = wanted[:, j - begin] + inside[:, 0]
-            whole = (column / steps[:, j]).round().clamp(-limits[:, j], limits[:, j])
-            error[:, j] = w[:, j] - whole * steps[:, j]
-    return ((w - error) / scale).round().mT, scale[:, 0].half()
+            column = wanted[j - begin] + plan.feedback[j, j + 1 : end] @ error[j + 1 : end]
+            whole = (column / steps[j]).round().clamp(-limits[j], limits[j])
+            error[j] = w[j] - whole * steps[j]
+    return ((w - error) / scale).round().mT, scale.half()
 
 
-def quantize(state: dict, plans: list, unit: float) -> dict:
+def quantize(state: dict, plans: dict, unit: float) -> dict:
     """The artifact's content in the published layout (spec section 5), from a state dict on the CPU.
 
-    The matrices in `plans` become int8, others fp16 unless they overflow. Without plans every
-    tensor stays as it is.
+    The matrices that have a plan, by name, become int8. Other tensors stay as they are.
     """
     parts = ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
     content = {"__quant_format__": QUANT_FORMAT} | {part: {} for part in parts}
-    rounded = {}
-    for plan in plans:
-        rounded |= zip(plan.names, zip(*round_matrices(plan, unit), strict=True), strict=True)
     for name, tensor in state.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        half = tensor.half()
-        if name in rounded:
-            q, scale = rounded[name]
-            content["quantized"][name] = q.char().contiguous()
-            content["scales"][name] = scale
-            content["dtypes"][name] = dtype
-            content["qmeta"][name] = {"scheme": "per_row", "axis": 0}
-        elif plans and half.isfinite().all():
-            content["passthrough"][name] = half.contiguous()
-            content["passthrough_orig_dtypes"][name] = dtype
-        else:
+        if name not in plans:
             content["passthrough"][name] = tensor
+            continue
+        q, scale = round_matrix(plans[name], unit)
+        content["quantized"][name] = q.char().contiguous()
+        content["scales"][name] = scale
+        content["dtypes"][name] = str(tensor.dtype).removeprefix("torch.")
+        content["qmeta"][name] = {"scheme": "per_row", "axis": 0}
     return content
 
 
@@ -2046,45 +2025,32 @@ def pack(content: dict) -> bytes:
     return deflater.compress(torch_bytes(content)) + deflater.flush()
 
 
-def guess_unit(plans: list, bits: float) -> float:
-    """Estimate log2 of the unit that spends `bits` per weight."""
-    # The entropy of a Gaussian in steps is log2(spread) + log2(sqrt(2 pi e)), about 2.
-    spreads = [(plan.weights.std(1, keepdim=True) * plan.care).flatten() for plan in plans]
-    return torch.cat(spreads).log2().median().item() + 2 - bits
+def search_artifact(artifact_at: Callable, room: int, slope: float) -> bytes:
+    """The finest artifact of at most `room` bytes, to within 1 %; the coarsest if none fits.
 
-
-def search_unit(size_at: Callable, room: int, guess: float, slope: float) -> float | None:
-    """log2 of nearly the smallest unit whose artifact fits into `room` bytes; None if none does.
-
-    Doubling the unit saves about a bit per weight. Secant steps from `guess` and `slope` (bytes per
-    doubling), then bisection, to within 1 % of `room`.
+    `artifact_at` takes log2 of the unit. Doubling the unit saves about a bit per weight: `slope`
+    bytes in all. Steps of that slope, then bisection.
     """
-    low = -60.0  # its artifact is assumed too large
-    high = 60.0  # the smallest artifact
-    least = size_at(high)
-    if least > room:
-        return None
-    unit = max(low, min(high, guess))  # a model that is mostly zeros has a guess of -inf
-    last_unit = last_size = None
+    low = -60.0  # int8 has no finer steps
+    high = 60.0  # every weight is 0
+    best = artifact_at(low)
+    if len(best) <= room:
+        return best
+    best = artifact_at(high)
+    unit = -6.0  # about 3 bits per weight in a trained model
     tries = 0
-    while high - low > 0.05:
-        size = size_at(unit)
+    while len(best) < 0.99 * room and high - low > 0.05:
+        blob = artifact_at(unit)
         tries += 1
-        if size > room:
+        if len(blob) > room:
             low = unit
         else:
             high = unit
-            is_finest = size == last_size > least and unit < last_unit
-            if size > 0.99 * room or is_finest:
-                break  # close enough, or int8 has no finer steps
-        if last_size and size != last_size:
-            slope = (last_size - size) / (unit - last_unit)
-        last_unit = unit
-        last_size = size
-        unit += (size - 0.995 * room) / slope
+            best = blob
+        unit += (len(blob) - 0.995 * room) / slope
         if tries > 8 or not low < unit < high:
             unit = (low + high) / 2
-    return high
+    return best
 
 
 def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> bytes:
@@ -2095,10 +2061,9 @@ def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> b
     made_with = {"made_with": model.made_with}
     budget = model.cfg.artifact_budget
     room = budget - len(source_code().encode())
-    if sum(tensor.nbytes for tensor in state.values()) < 1.4 * room:
-        exact = pack(quantize(state, [], 0) | made_with)
-        if len(exact) <= room:
-            return exact
+    exact = pack(quantize(state, {}, 0) | made_with)
+    if len(exact) <= room:
+        return exact
     count = sum(tensor.numel() for tensor in state.values())
     rows = min(64, max(4, 8 * 10**7 // count))
     with refusing(
@@ -2106,21 +2071,19 @@ def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> b
         "a finite model and training shards that match it; no artifact was written",
     ):
         require(stream.shards, "no training shards")
-        plans = plan_rounding(state, calibrate(model, stream, rows, log))
-        require(plans, "no matrix that any token reaches")
+        stats = calibrate(model, stream, rows, log)
+        plans = {name: plan_rounding(state[name], stat) for name, stat in stats.items()}
 
-    @functools.cache
     def artifact_at(unit: float) -> bytes:
         return pack(quantize(state, plans, 2.0**unit) | made_with)
 
-    guess = guess_unit(plans, 8 * room / count)
-    unit = search_unit(lambda unit: len(artifact_at(unit)), room, guess, count / 8)
-    if unit is None:
-        raise UserError(
-            f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
-            f" {len(artifact_at(60.0))}; raise the budget and export the .pt file with EVAL_ONLY=1"
-        )
-    return artifact_at(unit)
+    artifact = search_artifact(artifact_at, room, count / 8)
+    require(
+        len(artifact) <= room,
+        f"ARTIFACT_BUDGET={budget}: the script leaves {room} bytes, the smallest artifact takes"
+        f" {len(artifact)}; raise the budget and export the .pt file with EVAL_ONLY=1",
+    )
+    return artifact
 
 
 def export(model: GPT, stream: TokenStream, log: RunLog):
@@ -2130,11 +2093,7 @@ def export(model: GPT, stream: TokenStream, log: RunLog):
     name = f"eval_{Path(cfg.model_path).stem}" if cfg.eval_only else "final_model"
     path = Path(cfg.out_dir, f"{name}.int8.ptz")
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    for name, tensor in state.items():
-        require(
-            tensor.isfinite().all(),
-            f"{name}: holds values that are not finite; expected a sound model, nothing was exported",
-        )
+    # All of it is finite: `Trainer.save` or `parse_weights` checked that.
     raw = torch_bytes(state)
     if not cfg.eval_only:
         write_atomically(path.with_name("final_model.pt"), raw)
@@ -2210,20 +2169,16 @@ def parse_weights(blob: bytes, path: Path) -> tuple[dict, dict]:
                 f"truncated, with trailing data, or over {most} bytes",
             )
         content = load_torch(blob)
-        if is_artifact:
-            held = measure_payload(content)
-        else:
-            content = content.get("model", content)
-            held = sum(tensor.nbytes for tensor in content.values())
+        if not is_artifact:
+            content = quantize(content.get("model", content), {}, 0)  # no plans: nothing is rounded
         # Before anything is computed: a tensor with stride 0 can claim any size.
-        require(held <= len(blob), "its tensors are larger than the file")
-        state = dequantize(content) if is_artifact else content
-        made_with = content.get("made_with", {}) if is_artifact else {}
+        require(measure_payload(content) <= len(blob), "its tensors are larger than the file")
+        state = dequantize(content)
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
         for name, tensor in state.items():
             sound = tensor.dtype in FLOATS.values() and tensor.isfinite().all()
             require(sound, f"{name!r:.80} does not hold finite floats")
-    return state, made_with
+    return state, content.get("made_with", {})
 
 
 def infer_shape(state: dict, made_with: dict, cfg: Config, path: Path) -> Config:
@@ -2256,29 +2211,19 @@ def infer_shape(state: dict, made_with: dict, cfg: Config, path: Path) -> Config
     return cfg
 
 
-def check_tensors(expected: dict, state: dict, path: Path):
-    """Raise `UserError` at the first missing, extra or misshapen tensor of `state`."""
-    for name in sorted(expected.keys() | state.keys()):
-        wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
-        found = tuple(state[name].shape) if name in state else "no such tensor"
-        require(wanted == found, f"{path}: {name:.80}: found {found}, expected {wanted}")
-
-
 def load_model(path: str | Path, cfg: Config) -> GPT:
     """The model in an artifact, a state dict or a checkpoint, on the CPU, ready to evaluate.
 
     Its shape comes from the file, and so do the settings that travel in it; `model.cfg` is `cfg`
-    with both. Raises `UserError` for a
-    file that is damaged or holds another kind of model.
+    with both. Raises `UserError` for a file that is damaged or holds another kind of model.
     """
     path = Path(path)
     state, made_with = parse_weights(read_file(path), path)
     cfg = infer_shape(state, made_with, cfg, path)
     dtype = choose_dtype(cfg)
-    # Shapes are compared first: a few hundred bytes can claim to be of any size.
-    with refusing(path, "a model of a possible size"), torch.device("meta"):
-        expected = GPT(cfg, dtype).state_dict()
-    check_tensors(expected, state, path)
+    # Shapes are compared without memory first: a few hundred bytes can claim to be of any size.
+    with refusing(path, "the tensors of this model"), torch.device("meta"):
+        GPT(cfg, dtype).load_state_dict(state, assign=True)
     model = build_model(cfg, dtype)
     model.load_state_dict(state)
     model.made_with = made_with

@@ -66,7 +66,7 @@ def test_budgets_are_kept_and_spent(model, tmp_path):
     The script and the published loader read the same weights from every artifact.
     """
     state = model.state_dict()
-    exact = len(tg.pack(tg.quantize(state, [], 0)))
+    exact = len(tg.pack(tg.quantize(state, {}, 0)))
     path = tmp_path / "a.ptz"
     errors = []
     for room in (exact // 8, exact // 5, exact // 4, exact - 1, exact):
@@ -96,14 +96,6 @@ def test_a_budget_that_nothing_fits_is_refused_and_the_weights_are_kept(model, t
     saved = torch.load(tmp_path / "final_model.pt", weights_only=True)
     assert_equal_states(saved, dict(model.state_dict()))
     assert not list(tmp_path.glob("*.ptz"))
-
-
-def test_weights_that_no_token_reaches_are_refused(model):
-    """An embedding of zeros has no activations to calibrate with."""
-    model.tok_emb.weight.data.zero_()
-    begin = f"ARTIFACT_BUDGET={CODE + 20_000}: calibration: .*no matrix that any token reaches"
-    with pytest.raises(tg.UserError, match=begin):
-        fitted(model, 20_000)
 
 
 # -- calibration -------------------------------------------------------------------------------
@@ -157,7 +149,7 @@ def lesson():
 
 def plan_of(weights, stats):
     """The plan of one matrix."""
-    return tg.plan_rounding({"w": weights}, {"w": stats})[0]
+    return tg.plan_rounding(weights, stats)
 
 
 def test_errors_make_up_for_each_other():
@@ -166,8 +158,8 @@ def test_errors_make_up_for_each_other():
     plan = plan_of(weights, stats)
     losses = []
     for feedback in (plan.feedback, 0 * plan.feedback):
-        q, scale = tg.round_matrices(replace(plan, feedback=feedback), 0.1)
-        error = q[0] * scale[0, :, None].float() - weights
+        q, scale = tg.round_matrix(replace(plan, feedback=feedback), 0.1)
+        error = q * scale[:, None].float() - weights
         losses.append(stats.slopes @ ((error @ stats.moments) * error).sum(1))
     assert losses[0] < 0.05 * losses[1]
 
@@ -178,17 +170,17 @@ def test_steps_follow_what_errors_cost():
     moments = torch.eye(64)
     moments[5, 5] = 0.001
     stats = tg.MatrixStats(moments, torch.tensor([16.0, 1.0, 1.0, 1.0]))
-    q, scale = tg.round_matrices(plan_of(torch.randn(4, 64), stats), 0.1)
-    assert 3 < scale[0, 1] / scale[0, 0] < 5
-    assert q[0, :, 5].any() and not (q[0, :, 5] % 2).any()
-    assert (q[0, :, 6] % 2).any()
+    q, scale = tg.round_matrix(plan_of(torch.randn(4, 64), stats), 0.1)
+    assert 3 < scale[1] / scale[0] < 5
+    assert q[:, 5].any() and not (q[:, 5] % 2).any()
+    assert (q[:, 6] % 2).any()
 
 
 def test_integers_are_of_8_bits_however_fine_the_steps():
     """Also where errors fed back would push a weight beyond. Scales are of a quarter of an octave."""
     weights, stats = lesson()
     brim = weights.sign() * (127 - 0.4 * torch.rand_like(weights)) * 2**-7.25
-    q, scale = tg.round_matrices(plan_of(brim, stats), 2.0**-60)
+    q, scale = tg.round_matrix(plan_of(brim, stats), 2.0**-60)
     assert (scale == torch.tensor(2**-7.25).half()).all()
     assert q.abs().max() == 127
 
@@ -198,7 +190,7 @@ def test_dead_and_silent_matrices_round_to_something_finite(size, unit):
     dead = tg.MatrixStats(torch.zeros(8, 8), torch.ones(6))
     silent = tg.MatrixStats(torch.eye(8), torch.zeros(6))
     for stats in (dead, silent):
-        q, scale = tg.round_matrices(plan_of(size * torch.randn(6, 8), stats), unit)
+        q, scale = tg.round_matrix(plan_of(size * torch.randn(6, 8), stats), unit)
         assert q.abs().max() <= 127
         assert 0 < scale.min() <= scale.max() < torch.inf
 
@@ -208,30 +200,30 @@ def test_dead_and_silent_matrices_round_to_something_finite(size, unit):
 FINEST, COARSEST = 90_000, 4_000  # bytes, where int8 ends and where nothing but zeros is left
 
 
-def size_of(log_unit):
-    """100,000 weights: a bit more for each octave of finer steps, bent and flat at both ends."""
-    bits = 3.5 - 3.7 * math.tanh((log_unit + 7) / 4)
-    return int(min(FINEST, max(COARSEST, 12_500 * bits)))
+def blob_at(log_unit, shift=0.0):
+    """Of 100,000 weights: a bit more for each octave of finer steps, bent and flat at both ends."""
+    bits = 3.5 - 3.7 * math.tanh((log_unit - shift + 7) / 4)
+    return bytes(int(min(FINEST, max(COARSEST, 12_500 * bits))))
 
 
-@pytest.mark.parametrize("guess", [-math.inf, -8.0, -4.0, 40.0, math.nan])
+@pytest.mark.parametrize("shift", [-20.0, -4.0, 0.0, 4.0, 20.0])
 @pytest.mark.parametrize("room", [4_000, 20_000, 89_000, 10**9])
-def test_the_search_spends_the_room_in_few_tries(room, guess):
-    """Wherever it starts, and if there is more room than int8 can use."""
+def test_the_search_spends_the_room_in_few_tries(room, shift):
+    """Wherever the right unit is, and if there is more room than int8 can use."""
     tried = []
 
-    def size_at(unit):
+    def artifact_at(unit):
         tried.append(unit)
-        return size_of(unit)
+        return blob_at(unit, shift)
 
-    unit = tg.search_unit(size_at, room, guess, 12_500.0)
-    assert 0.98 * min(room, FINEST) <= size_of(unit) <= room
-    assert len(tried) <= (9 if -8 <= guess <= -4 else 22)  # guesses are between these
+    blob = tg.search_artifact(artifact_at, room, 12_500.0)
+    assert 0.98 * min(room, FINEST) <= len(blob) <= room
+    assert len(tried) <= (11 if abs(shift) <= 4 and room < 89_000 else 24)
 
 
 def test_the_search_ends_where_nothing_fits_or_every_unit_gives_one_size():
-    assert tg.search_unit(size_of, COARSEST - 1, -4.0, 12_500.0) is None
-    assert tg.search_unit(lambda unit: 4_000, 9_000, -4.0, 12_500.0) is not None
+    assert len(tg.search_artifact(blob_at, COARSEST - 1, 12_500.0)) == COARSEST
+    assert len(tg.search_artifact(lambda unit: bytes(4_000), 9_000, 12_500.0)) == 4_000
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -256,14 +248,16 @@ def test_the_layout_is_the_published_one(rt, model):
         content = opened(fitted(each, 25_000))
         assert list(content) == list(published)
         matrices = {}
-        others = {}
+        others = set()
         for name, p in each.named_parameters():
-            group = matrices if name.endswith(".weight") else others
-            group[name] = str(p.dtype).removeprefix("torch.")
+            if name.endswith(".weight"):
+                matrices[name] = str(p.dtype).removeprefix("torch.")
+            else:
+                others.add(name)
         assert content["dtypes"] == matrices
         assert content["quantized"].keys() == matrices.keys()
-        assert content["passthrough_orig_dtypes"] == others
-        assert {tensor.dtype for tensor in content["passthrough"].values()} == {torch.float16}
+        assert content["passthrough"].keys() == others
+        assert {tensor.dtype for tensor in content["passthrough"].values()} == {torch.float32}
 
 
 def test_the_records_quantiser_gives_the_published_artifact():
@@ -278,7 +272,7 @@ def test_the_records_quantiser_gives_the_published_artifact():
 
 def test_a_scalar_scale_is_read():
     """The published writer gives large tensors that are not matrices one fp32 scale."""
-    content = tg.quantize({}, [], 0)
+    content = tg.quantize({}, {}, 0)
     content["quantized"]["v"] = torch.tensor([2, -3], dtype=torch.int8)
     content["scales"]["v"] = torch.tensor(0.5)
     content["dtypes"]["v"] = "float32"
@@ -329,8 +323,8 @@ def test_a_model_is_loaded_from_whatever_holds_its_weights(rt, model, tmp_path, 
 @pytest.mark.parametrize(
     ("name", "shape", "found"),
     [
-        ("blocks.1.attn.c_v.weight", (3, 3), r"c_v.weight: found \(3, 3\), expected \(16, 32\)"),
-        ("surprise", (1,), r"surprise: found \(1,\), expected no such tensor"),
+        ("blocks.1.attn.c_v.weight", (3, 3), r"size mismatch .*c_v.*\[3, 3\].*\[16, 32\]"),
+        ("surprise", (1,), "Unexpected key.*surprise"),
         ("tok_emb.weight", (2,), "expected the weights of this model"),
     ],
 )

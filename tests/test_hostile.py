@@ -36,7 +36,7 @@ def good_state():
 
 def good_content():
     """An artifact's content, with one matrix quantised although it is small."""
-    content = tg.quantize(good_state(), [], 0)
+    content = tg.quantize(good_state(), {}, 0)
     matrix = content["passthrough"].pop(EMB)
     content["quantized"][EMB] = matrix.char()
     content["scales"][EMB] = matrix[:, 0]
