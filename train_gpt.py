@@ -1043,14 +1043,6 @@ class Adapters(NamedTuple):
 NO_ADAPTERS = Adapters()
 
 
-def project(x: Tensor, weight: Tensor, lora: LoRA | None = None) -> Tensor:
-    """x W^T plus each row's LoRA: (B, T, in) -> (B, T, out), all in the dtype of x."""
-    out = F.linear(x, weight.to(x.dtype))
-    if lora is None:
-        return out
-    return torch.baddbmm(out, torch.bmm(x, lora.a.mT), lora.b.mT)
-
-
 class Linear(nn.Linear):
     """A projection without bias: fp32 weights, cast to its input's dtype when used."""
 
@@ -1061,8 +1053,11 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, lora: LoRA | None = None) -> Tensor:
-        """(B, T, in) -> (B, T, out)."""
-        return project(x, self.weight, lora)
+        """x W^T plus each row's LoRA: (B, T, in) -> (B, T, out), all in the dtype of x."""
+        out = F.linear(x, self.weight.to(x.dtype))
+        if lora is None:
+            return out
+        return torch.baddbmm(out, torch.bmm(x, lora.a.mT), lora.b.mT)
 
 
 class TiedHead(nn.Module):
@@ -1077,9 +1072,7 @@ class TiedHead(nn.Module):
         """(V, D)."""
         return self.embedding[0].weight
 
-    def forward(self, x: Tensor, lora: LoRA | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, V)."""
-        return project(x, self.weight, lora)
+    forward = Linear.forward  # (B, T, D) -> (B, T, V)
 
 
 def rms_norm(x: Tensor) -> Tensor:
