@@ -1141,8 +1141,7 @@ class KVCache:
 
     def __post_init__(self):
         self.began = torch.zeros(self.rows, dtype=torch.int64, device=self.rt.device)
-        self.keys = {}  # by layer, each (rows, G, W, N)
-        self.values = {}
+        self.past = {}  # keys and values by layer, each (2, rows, G, W, N)
 
     def restart(self, rows: Tensor):
         """Start new documents in these rows: hide everything that was cached before."""
@@ -1160,23 +1159,19 @@ class KVCache:
         self.positions = queries - began[:, None]
         self.now += self.chunk
 
-    def extend(self, layer: int, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a chunk to one layer of the cache.
+    def extend(self, layer: int, new: Tensor) -> Tensor:
+        """Append the keys and values of a chunk, `new` (2, batch, G, C, N), to one layer of the cache.
 
-        new_keys, new_values: (batch, G, C, N). Returns the keys and values that the chunk's queries
-        may see, (batch, G, W + C, N); `mask` hides what belongs to an earlier document.
+        Returns those that the chunk's queries may see, (2, batch, G, W + C, N); `mask` hides what
+        belongs to an earlier document.
         """
-        batch, heads, _, dim = new_keys.shape
-        if layer not in self.keys:
-            empty = new_keys.new_zeros(self.rows, heads, self.window, dim)
-            self.keys[layer] = empty
-            self.values[layer] = empty
-        keys = torch.cat((self.keys[layer][:batch], new_keys), dim=2)
-        values = torch.cat((self.values[layer][:batch], new_values), dim=2)
+        _, batch, heads, _, dim = new.shape
+        if layer not in self.past:
+            self.past[layer] = new.new_zeros(2, self.rows, heads, self.window, dim)
+        seen = torch.cat((self.past[layer][:, :batch], new), dim=3)
         # The cache keeps what was computed when a chunk was scored: no gradient flows into it.
-        self.keys[layer] = keys[:, :, -self.window :].detach()
-        self.values[layer] = values[:, :, -self.window :].detach()
-        return keys, values
+        self.past[layer] = seen[..., -self.window :, :].detach()
+        return seen
 
 
 class Attention(nn.Module):
@@ -1210,7 +1205,7 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v)
         else:
-            k, v = cache.extend(layer, k, v)
+            k, v = cache.extend(layer, torch.stack((k, v)))
             y = masked_attention(q, k, v, cache.mask)
         y = y.transpose(1, 2).reshape(x.shape)
         return self.proj(y, lora.attn_proj)
