@@ -1095,21 +1095,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # On CPUs plain matmuls beat the flash kernel. Blocks of queries see only the keys up to their own
     # end, which saves about half the work (records/NOTES.md).
-    batch, kv_heads, length, dim = k.shape
-    share = q.size(1) // kv_heads  # query heads that use the same keys
-    q = (q * dim**-0.5).reshape(batch * kv_heads, share, length, dim)
-    k = k.reshape(batch * kv_heads, length, dim)
-    v = v.reshape(batch * kv_heads, length, dim)
+    _, kv_heads, length, dim = k.shape
+    # Query heads that use the same keys share one product: (B * G, H / G, T, N).
+    grouped = (q * dim**-0.5).unflatten(1, (kv_heads, -1)).flatten(0, 1)
+    k = k.flatten(0, 1)
+    v = v.flatten(0, 1)
     outputs = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
         future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device)
-        mask = future.triu(begin + 1).repeat(share, 1)
-        queries = q[:, :, begin:end].reshape(batch * kv_heads, -1, dim)
-        scores = torch.baddbmm(mask, queries, k[:, :end].mT)
+        queries = grouped[:, :, begin:end]
+        mask = future.triu(begin + 1).repeat(queries.size(1), 1)
+        scores = torch.baddbmm(mask, queries.flatten(1, 2), k[:, :end].mT)
         out = scores.softmax(-1) @ v[:, :end]
-        outputs.append(out.view(batch * kv_heads, share, end - begin, dim))
-    return torch.cat(outputs, dim=2).view(batch, kv_heads * share, length, dim)
+        outputs.append(out.view_as(queries))
+    return torch.cat(outputs, dim=2).view(q.shape)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
