@@ -1522,14 +1522,15 @@ class DocumentAdapters:
             modules += [block.get_submodule(PROJECTIONS[name]) for name in self.block_targets]
         if "lm_head" in learner.targets:
             modules.append(model.lm_head)
-        self.shapes = [tuple(module.weight.shape) for module in modules]  # (out, in)
         generator = torch.Generator(device="cpu").manual_seed(ADAPTER_SEED)
-        values = []
-        for out_dim, in_dim in self.shapes:
-            a = torch.rand(learner.rank * in_dim, generator=generator, device="cpu") * 2 - 1
+        values = []  # A and B of each module in turn
+        for module in modules:
+            out_dim, in_dim = module.weight.shape
+            a = torch.rand(learner.rank, in_dim, generator=generator, device="cpu") * 2 - 1
             values.append(a * (learner.init_scale / math.sqrt(in_dim)))
-            values.append(torch.zeros(out_dim * learner.rank, device="cpu"))
-        self.start = torch.cat(values).to(rt.device)
+            values.append(torch.zeros(out_dim, learner.rank, device="cpu"))
+        self.shapes = [value.shape for value in values]
+        self.start = torch.cat([value.flatten() for value in values]).to(rt.device)
         flat = self.start.repeat(slots, 1)
         steps = torch.zeros(slots, 1, device=rt.device)
         mean = torch.zeros_like(flat if learner.beta1 else steps)
@@ -1543,18 +1544,16 @@ class DocumentAdapters:
 
     def unflatten(self, flat: Tensor) -> Adapters:
         """Split rows of `state.flat` (B, P) into LoRA matrices, in the model's dtype."""
-        rank = self.learner.rank
-        parts = flat.to(self.dtype).split([rank * sum(shape) for shape in self.shapes], dim=1)
-        pairs = []
-        for part, (out_dim, in_dim) in zip(parts, self.shapes, strict=True):
-            a, b = part.split([rank * in_dim, out_dim * rank], dim=1)
-            pairs.append(LoRA(a.unflatten(1, (rank, in_dim)), b.unflatten(1, (out_dim, rank))))
+        parts = flat.to(self.dtype).split([shape.numel() for shape in self.shapes], dim=1)
+        matrices = [
+            part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)
+        ]
+        loras = map(LoRA, matrices[::2], matrices[1::2])
         names = [target.replace(".", "_") for target in self.block_targets]
         blocks = []
-        for layer in range(self.layers):
-            own = pairs[layer * len(names) : (layer + 1) * len(names)]
-            blocks.append(BlockLoRA(**dict(zip(names, own, strict=True))))
-        return Adapters(blocks, pairs[-1] if "lm_head" in self.learner.targets else None)
+        for _ in range(self.layers):
+            blocks.append(BlockLoRA(**{name: next(loras) for name in names}))
+        return Adapters(blocks, next(loras, None))  # the head's come last, if it has any
 
     @torch.no_grad()
     def step(self, rows: Tensor | slice, grad: Tensor, eps: float = 1e-10):
