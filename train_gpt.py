@@ -577,11 +577,8 @@ class Runtime:
         return box[0]
 
     def maximum(self, *values: float) -> list[float]:
-        """All-reduce (max) a few numbers."""
-        largest = torch.tensor(values, dtype=torch.float64, device="cpu")
-        if self.world > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest.tolist()
+        """The largest of all ranks, of each of a few numbers."""
+        return [max(ranks) for ranks in zip(*self.gather(values), strict=True)]
 
     def upload(self, array: ndarray) -> Tensor:
         """Copy an array to the device, asynchronously on CUDA."""
@@ -605,8 +602,13 @@ class Runtime:
     def progress(self, total: float, what: str) -> tqdm:
         """A progress bar, on terminals only."""
         layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        hidden = not self.show_progress
-        return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
+        return tqdm(
+            total=total,
+            desc=what,
+            disable=not self.show_progress,
+            leave=False,
+            bar_format=layout,
+        )
 
 
 # ==== Log =========================================================================================
@@ -883,18 +885,14 @@ def open_shards(folder: str, split: str, required: bool = True) -> list[ndarray]
 
     `UserError` if one is damaged or missing, or if there are none although they are `required`.
     """
-    names = [path.name for path in Path(folder).glob(f"fineweb_{split}_{6 * '[0-9]'}.bin")]
-    require(
-        names or not required,
-        f"DATA_PATH={folder}: found no fineweb_{split}_000000.bin; expected shards; data/README.md"
-        " says how to make them",
-    )
-    expected = [f"fineweb_{split}_{number:06d}.bin" for number in range(len(names))]
-    missing = sorted(set(expected).difference(names))
+    names = {path.name for path in Path(folder).glob(f"fineweb_{split}_{6 * '[0-9]'}.bin")}
+    count = max(len(names), int(required))
+    expected = [f"fineweb_{split}_{number:06d}.bin" for number in range(count)]
+    missing = [name for name in expected if name not in names]
     require(
         not missing,
-        f"DATA_PATH={folder}: missing {', '.join(missing[:5])}; expected shards from 000000 without"
-        " gaps; fetch or make them again",
+        f"DATA_PATH={folder}: found no {', '.join(missing[:5])}; expected shards from 000000 without"
+        " gaps; data/README.md says how to make or fetch them",
     )
     return [open_shard(Path(folder, name)) for name in expected]
 
@@ -972,8 +970,7 @@ def split_documents(
     if 0 < limit < len(starts):
         stream = stream[: starts[limit] + 1]  # up to the BOS that closes the last document
         starts = starts[:limit]
-    ends = np.append(starts[1:], len(stream) - 1)[: len(starts)]
-    predictions = ends - starts
+    predictions = np.diff(starts, append=len(stream) - 1)
     sizes = table.count(stream[:-1], stream[1:])
     kept = predictions > 0
     require(
