@@ -23,6 +23,7 @@ K matrices in a batch. Losses are in nats.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import ctypes
@@ -462,10 +463,10 @@ def claim_device(cfg: Config, env: Mapping) -> torch.device:
         return torch.device("cpu")
     ranks = read_count(env, "LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
-    require(gpus, "DEVICE=cuda: found no GPU that PyTorch can use; set DEVICE=cpu")
     require(
         ranks <= gpus,
-        f"DEVICE=cuda: {ranks} ranks on this machine, found {gpus} GPUs; start fewer ranks",
+        f"DEVICE=cuda: {ranks} ranks on this machine, found {gpus} GPUs that PyTorch can use; start"
+        " fewer ranks, or set DEVICE=cpu",
     )
     device = torch.device("cuda", read_count(env, "LOCAL_RANK", 0))
     torch.cuda.set_device(device)
@@ -492,7 +493,6 @@ def set_up_backends(device: torch.device, dtype: torch.dtype):
     if device.type == "cuda":
         is_fp32 = dtype == torch.float32
         torch.backends.cuda.matmul.allow_tf32 = not is_fp32
-        torch.backends.cudnn.allow_tf32 = not is_fp32
         # Flash attention only, so that a missing kernel fails loudly. fp32 has none and uses math.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -885,16 +885,16 @@ def open_shards(folder: str, split: str, required: bool = True) -> list[ndarray]
 
     `UserError` if one is damaged or missing, or if there are none although they are `required`.
     """
-    names = {path.name for path in Path(folder).glob(f"fineweb_{split}_{6 * '[0-9]'}.bin")}
-    count = max(len(names), int(required))
-    expected = [f"fineweb_{split}_{number:06d}.bin" for number in range(count)]
-    missing = [name for name in expected if name not in names]
+    count = len(list(Path(folder).glob(f"fineweb_{split}_{6 * '[0-9]'}.bin")))
+    numbers = range(max(count, int(required)))
+    paths = [Path(folder, f"fineweb_{split}_{number:06d}.bin") for number in numbers]
+    missing = [path.name for path in paths if not path.exists()]
     require(
         not missing,
         f"DATA_PATH={folder}: found no {', '.join(missing[:5])}; expected shards from 000000 without"
         " gaps; data/README.md says how to make or fetch them",
     )
-    return [open_shard(Path(folder, name)) for name in expected]
+    return [open_shard(path) for path in paths]
 
 
 def fingerprint(shard: ndarray) -> str:
@@ -922,16 +922,17 @@ class TokenStream:
         self.position = 0
         self.deadline = math.inf  # of time.perf_counter(): when reading must end
         # Where each shard begins; the last entry is the total length.
-        self.begins = np.cumsum([0, *map(len, shards)])
+        self.begins = [0, *itertools.accumulate(map(len, shards))]
 
     def read(self, start: int, count: int) -> ndarray:
         """Tokens [start, start + count) of the endless stream: (count,) int64."""
         parts = []
         while count:
-            start %= int(self.begins[-1])
-            shard = int(np.searchsorted(self.begins, start, side="right")) - 1
-            part = self.shards[shard][start - int(self.begins[shard]) :][:count]
-            check_ids(part, self.shards[shard], self.vocab_size)
+            start %= self.begins[-1]
+            number = bisect.bisect(self.begins, start) - 1
+            shard = self.shards[number]
+            part = shard[start - self.begins[number] :][:count]
+            check_ids(part, shard, self.vocab_size)
             parts.append(part)
             start += len(part)
             count -= len(part)
@@ -1435,13 +1436,11 @@ def build_optimizers(model: GPT, rt: Runtime):
         by_role.setdefault(p.role, []).append(p)
     groups = {"muon": [], "adam": []}
     for role, params in by_role.items():
-        groups[role.optimizer].append({"params": params, "lr": getattr(cfg, role.rate)})
+        rate = getattr(cfg, role.rate)
+        groups[role.optimizer].append({"params": params, "lr": rate, "base_lr": rate})
     muon = Muon(groups["muon"], cfg.muon_backend_steps, rt)
     betas = (cfg.beta1, cfg.beta2)
     adam = torch.optim.Adam(groups["adam"], betas=betas, eps=cfg.adam_eps, fused=True)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
     return muon, adam
 
 
@@ -1720,31 +1719,22 @@ def plan_slots(documents: ndarray, chunks: ndarray, slots: int) -> Iterator[tupl
 LENGTHS = np.unique(np.floor(1.05 ** np.arange(250)).astype(np.int64))
 
 
-class Group(NamedTuple):
-    """Rows that share a forward pass."""
+def group_rows(ends: ndarray, predictions: ndarray, how: Condition) -> Iterator[tuple]:
+    """Group a turn's rows, whose chunks end at `ends` (B,), by what they share in a forward pass.
 
-    rows: ndarray
-    length: int  # of the padded windows
-    learns: bool
-
-
-def group_rows(ends: ndarray, predictions: ndarray, how: Condition) -> list[Group]:
-    """Group a turn's rows by `(length, learns)`; ends (B,) are chunk ends.
-
+    Yields (rows, length of the padded windows, whether the adapters learn from them).
     Floating-point results depend on the length, so it never depends on other documents. A document's
     last chunk is not learned from, except in a stream, where skipping it would split the batch.
     """
     learns = (ends < predictions) & (how.learner is not None)
     if how.stream:
-        return [Group(np.arange(len(ends)), how.chunk, bool(learns.any()))]
+        yield np.arange(len(ends)), how.chunk, bool(learns.any())
+        return
     lengths = np.minimum(ends, how.window)
     filled = np.minimum(LENGTHS[np.searchsorted(LENGTHS, lengths)], how.window)
     lengths = np.where(learns, lengths, filled)
-    groups = []
     for length, learning in sorted(set(zip(lengths.tolist(), learns.tolist(), strict=True))):
-        rows = np.flatnonzero((lengths == length) & (learns == learning))
-        groups.append(Group(rows, length, learning))
-    return groups
+        yield np.flatnonzero((lengths == length) & (learns == learning)), length, learning
 
 
 def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> Tensor:
@@ -1881,7 +1871,7 @@ def calibrate(model: GPT, stream: TokenStream, rows: int, log: RunLog, length: i
     for module in model.modules():
         if isinstance(module, kinds):
             stats[names[module.weight]] = watch(module)
-    places = [int(stream.begins[-1]) * row // rows for row in range(rows)]
+    places = [stream.begins[-1] * row // rows for row in range(rows)]
     used = 0
     while used < rows and (not used or time.perf_counter() < stream.deadline):
         spans = [stream.read(place, length + 1) for place in places[used : used + 8]]
