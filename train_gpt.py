@@ -96,7 +96,7 @@ PRESETS = {
         "val_loss_every": 0,
         "train_log_every": 50,
         "checkpoint_every": 100,
-        "eval": ("flat", "doc", "stride", "ttt", "stream"),
+        "eval": RUNGS,
         "ttt_eval_seq_len": 512,
         "ttt_batch_size": 16,
     },
@@ -127,16 +127,15 @@ def setting(
     least: float = 0,
     most: float = 1e18,
     choices: tuple = (),
-    decides: bool = False,
-    travels: bool = False,
+    **roles: bool,
 ) -> Any:
     """A field of `Config`: its default, its help text, and the range or choices that it accepts.
 
-    `decides`: the setting affects training, so it must match when a run is resumed. `travels`: the
-    weights mean nothing without it, so every artifact holds it.
+    Roles: `decides`, the setting affects training, so it must match when a run is resumed;
+    `travels`, the weights mean nothing without it, so every artifact holds it.
     """
-    metadata = dict(help=help, least=least, most=most, choices=choices)
-    return field(default=default, metadata=metadata | {"decides": decides, "travels": travels})
+    metadata = dict(help=help, least=least, most=most, choices=choices, **roles)
+    return field(default=default, metadata=metadata)
 
 
 decisive = functools.partial(setting, decides=True)
@@ -360,12 +359,11 @@ def check_config(cfg: Config, world: int):
         "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score",
     )
     window = cfg.ttt_eval_seq_len
-    for name in ("ttt_chunk_size", "ttt_stream_chunk"):
-        chunk = getattr(cfg, name)
-        require(
-            chunk <= window,
-            f"{name.upper()}={chunk}: expected at most TTT_EVAL_SEQ_LEN={window}",
-        )
+    longest = max(cfg.ttt_chunk_size, cfg.ttt_stream_chunk)
+    require(
+        longest <= window,
+        f"TTT_CHUNK_SIZE or TTT_STREAM_CHUNK={longest}: expected at most TTT_EVAL_SEQ_LEN={window}",
+    )
     check_shape(cfg)
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(1, round(cfg.train_batch_tokens / unit)) * unit
@@ -391,7 +389,7 @@ def check_shape(cfg: Config):
     )
 
 
-TRAVELLING = {f.name.upper(): f for f in fields(Config) if f.metadata["travels"]}
+TRAVELLING = {f.name.upper(): f for f in fields(Config) if "travels" in f.metadata}
 
 
 # ==== Runtime =====================================================================================
@@ -685,8 +683,8 @@ def describe_hardware(device: torch.device) -> str:
     if device.type == "cuda":
         gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
         return f"{gpus}, CUDA {torch.version.cuda}"
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    # ARM names no model: there the architecture has to do.
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     names.append(os.uname().machine)
     return f"{names[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
@@ -713,18 +711,15 @@ class RunLog:
     artifact_hash: str = ""  # its SHA-256
     has_gaps: bool = False
 
-    def line(self, text: str, console: bool = True, suffix: bool = True):
+    def line(self, text: str, suffix: bool = True):
         """Write to the log and to standard output."""
         if self.rank:
             return
         if suffix:
             text += self.suffix
-        if console:
-            with self.surviving(), tqdm.external_write_mode():  # clears progress bars
-                print(text, flush=True)
-        if self.path:
-            with self.surviving():
-                self.append(text + "\n")
+        with self.surviving(), tqdm.external_write_mode():  # clears progress bars
+            print(text, flush=True)
+        self.append(text + "\n")
 
     @contextlib.contextmanager
     def surviving(self) -> Iterator[None]:
@@ -739,9 +734,10 @@ class RunLog:
                     print(warning, file=sys.stderr)
 
     def append(self, text: str):
-        """Write to the file only. Raises `OSError` on failure."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        """Write to the file only, once it is open."""
+        if self.path:
+            with self.surviving(), self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
 
     def open(self, cfg: Config, rt: Runtime, env: Mapping):
         """Lock OUT_DIR and start the log, or a new attempt in it."""
@@ -857,7 +853,7 @@ class ByteTable(NamedTuple):
         texts = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
         sizes = np.array([len(text.encode()) for text in texts])
         spaced = np.array([piece.startswith("▁") for piece in pieces])
-        return cls(np.where(is_byte, 1, sizes) * is_text, spaced & is_text & ~is_byte, is_text)
+        return cls(np.where(is_byte, 1, sizes) * is_text, spaced & is_text, is_text)
 
     def count(self, previous: ndarray, target: ndarray) -> ndarray:
         """Bytes of each `target`, given the token before: ids of any shape -> int64."""
@@ -1465,14 +1461,14 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
 
 ADAPTER_SEED = 1337  # fixed, so that an artifact's score does not depend on SEED
 
-# Target name -> module path in a block, in the order of `BlockLoRA`'s fields.
+# Field of `BlockLoRA` -> module path in a block. Names in TARGETS are the ends of these paths.
 PROJECTIONS = {
     "c_q": "attn.c_q",
     "c_k": "attn.c_k",
     "c_v": "attn.c_v",
-    "attn.proj": "attn.proj",
+    "attn_proj": "attn.proj",
     "fc": "mlp.fc",
-    "mlp.proj": "mlp.proj",
+    "mlp_proj": "mlp.proj",
 }
 
 
@@ -1512,10 +1508,11 @@ class DocumentAdapters:
         self.chunk = chunk
         self.dtype = model.dtype
         self.layers = len(model.blocks)
-        self.block_targets = [target for target in PROJECTIONS if target in learner.targets]
+        paths = PROJECTIONS.items()
+        self.adapted = [name for name, path in paths if path.endswith(learner.targets)]
         modules = []
         for block in model.blocks:
-            modules += [block.get_submodule(PROJECTIONS[name]) for name in self.block_targets]
+            modules += [block.get_submodule(PROJECTIONS[name]) for name in self.adapted]
         if "lm_head" in learner.targets:
             modules.append(model.lm_head)
         generator = torch.Generator(device="cpu").manual_seed(ADAPTER_SEED)
@@ -1545,20 +1542,19 @@ class DocumentAdapters:
             part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)
         ]
         loras = map(LoRA, matrices[::2], matrices[1::2])
-        names = [target.replace(".", "_") for target in self.block_targets]
         blocks = []
         for _ in range(self.layers):
-            blocks.append(BlockLoRA(**{name: next(loras) for name in names}))
+            blocks.append(BlockLoRA(**{name: next(loras) for name in self.adapted}))
         return Adapters(blocks, next(loras, None))  # the head's come last, if it has any
 
     @torch.no_grad()
-    def step(self, rows: Tensor | slice, grad: Tensor, eps: float = 1e-10):
+    def step(self, rows: Tensor | slice, grad: Tensor):
         """One Adam step for `rows`, each with its own step count; grad (B, P)."""
         learner = self.learner
         state = AdapterState(*(tensor[rows] for tensor in self.state))  # views if `rows` is a slice
         state.steps.add_(1)
         state.square.mul_(learner.beta2).addcmul_(grad, grad, value=1 - learner.beta2)
-        spread = (state.square / (1 - learner.beta2**state.steps)).sqrt_().add_(eps)
+        spread = (state.square / (1 - learner.beta2**state.steps)).sqrt_().add_(1e-10)
         direction = grad  # without momentum its bias correction below is 1
         if learner.beta1:
             direction = state.mean.lerp_(grad, 1 - learner.beta1)
@@ -2407,7 +2403,7 @@ class Trainer:
         # Per gradient and weight: the steps before its first value that is not finite.
         count = 2 * len(self.params)
         self.finite_steps = torch.zeros(count, dtype=torch.int64, device=self.rt.device)
-        names = [f.name for f in fields(self.cfg) if f.metadata["decides"]]
+        names = [f.name for f in fields(self.cfg) if "decides" in f.metadata]
         self.identity = {name.upper(): spell(getattr(self.cfg, name)) for name in names}
         # Over all ranks: their number may change from one attempt to the next.
         self.identity["MICRO_STEPS"] = str(self.rt.world * self.cfg.grad_accum_steps)
@@ -2940,7 +2936,7 @@ def main(arguments: Sequence[str] = ()) -> int:
             rt.signals.is_deferred = True  # too late to stop
     if message:
         print(message, file=sys.stderr, flush=True)
-        log.line(message, console=False, suffix=False)
+        log.append(message + "\n")
     if dist.is_initialized() and not is_alone:
         dist.destroy_process_group()
         time.sleep(0.1)  # gloo's threads need the interpreter to free their tensors
