@@ -600,13 +600,8 @@ class Runtime:
     def progress(self, total: float, what: str) -> tqdm:
         """A progress bar, on terminals only."""
         layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        return tqdm(
-            total=total,
-            desc=what,
-            disable=not self.show_progress,
-            leave=False,
-            bar_format=layout,
-        )
+        hidden = not self.show_progress
+        return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
 
 
 # ==== Log =========================================================================================
@@ -1066,7 +1061,7 @@ class TiedHead(nn.Module):
         """(V, D)."""
         return self.embedding[0].weight
 
-    forward = Linear.forward  # (B, T, D) -> (B, T, V)
+    forward = Linear.forward  # of this weight: (B, T, D) -> (B, T, V)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1099,8 +1094,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
         end = min(begin + block, length)
         future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device)
         queries = grouped[:, :, begin:end]
+        keys = k[:, :end]
         mask = future.triu(begin + 1).repeat(queries.size(1), 1)
-        scores = torch.baddbmm(mask, queries.flatten(1, 2), k[:, :end].mT)
+        scores = torch.baddbmm(mask, queries.flatten(1, 2), keys.mT)
         out = scores.softmax(-1) @ v[:, :end]
         outputs.append(out.view_as(queries))
     return torch.cat(outputs, dim=2).view(q.shape)
@@ -1162,7 +1158,8 @@ class KVCache:
         _, batch, heads, _, dim = new.shape
         if layer not in self.past:
             self.past[layer] = new.new_zeros(2, self.rows, heads, self.window, dim)
-        seen = torch.cat((self.past[layer][:, :batch], new), dim=3)
+        past = self.past[layer][:, :batch]
+        seen = torch.cat((past, new), dim=3)
         # The cache keeps what was computed when a chunk was scored: no gradient flows into it.
         self.past[layer] = seen[..., -self.window :, :].detach()
         return seen
@@ -1537,10 +1534,11 @@ class DocumentAdapters:
 
     def unflatten(self, flat: Tensor) -> Adapters:
         """Split rows of `state.flat` (B, P) into LoRA matrices, in the model's dtype."""
-        parts = flat.to(self.dtype).split([shape.numel() for shape in self.shapes], dim=1)
-        matrices = [
-            part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)
-        ]
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = flat.to(self.dtype).split(sizes, dim=1)
+        matrices = []
+        for part, shape in zip(parts, self.shapes, strict=True):
+            matrices.append(part.unflatten(1, shape))
         loras = map(LoRA, matrices[::2], matrices[1::2])
         blocks = []
         for _ in range(self.layers):
