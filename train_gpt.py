@@ -23,6 +23,7 @@ K matrices in a batch. Losses are in nats.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import ctypes
@@ -95,7 +96,7 @@ PRESETS = {
         "val_loss_every": 0,
         "train_log_every": 50,
         "checkpoint_every": 100,
-        "eval": ("flat", "doc", "stride", "ttt", "stream"),
+        "eval": RUNGS,
         "ttt_eval_seq_len": 512,
         "ttt_batch_size": 16,
     },
@@ -126,16 +127,15 @@ def setting(
     least: float = 0,
     most: float = 1e18,
     choices: tuple = (),
-    decides: bool = False,
-    travels: bool = False,
+    **roles: bool,
 ) -> Any:
     """A field of `Config`: its default, its help text, and the range or choices that it accepts.
 
-    `decides`: the setting affects training, so it must match when a run is resumed. `travels`: the
-    weights mean nothing without it, so every artifact holds it.
+    Roles: `decides`, the setting affects training, so it must match when a run is resumed;
+    `travels`, the weights mean nothing without it, so every artifact holds it.
     """
-    metadata = dict(help=help, least=least, most=most, choices=choices)
-    return field(default=default, metadata=metadata | {"decides": decides, "travels": travels})
+    metadata = dict(help=help, least=least, most=most, choices=choices, **roles)
+    return field(default=default, metadata=metadata)
 
 
 decisive = functools.partial(setting, decides=True)
@@ -359,12 +359,11 @@ def check_config(cfg: Config, world: int):
         "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score",
     )
     window = cfg.ttt_eval_seq_len
-    for name in ("ttt_chunk_size", "ttt_stream_chunk"):
-        chunk = getattr(cfg, name)
-        require(
-            chunk <= window,
-            f"{name.upper()}={chunk}: expected at most TTT_EVAL_SEQ_LEN={window}",
-        )
+    longest = max(cfg.ttt_chunk_size, cfg.ttt_stream_chunk)
+    require(
+        longest <= window,
+        f"TTT_CHUNK_SIZE or TTT_STREAM_CHUNK={longest}: expected at most TTT_EVAL_SEQ_LEN={window}",
+    )
     check_shape(cfg)
     unit = world * cfg.grad_accum_steps * cfg.train_seq_len
     nearest = max(1, round(cfg.train_batch_tokens / unit)) * unit
@@ -390,7 +389,7 @@ def check_shape(cfg: Config):
     )
 
 
-TRAVELLING = {f.name.upper(): f for f in fields(Config) if f.metadata["travels"]}
+TRAVELLING = {f.name.upper(): f for f in fields(Config) if "travels" in f.metadata}
 
 
 # ==== Runtime =====================================================================================
@@ -462,10 +461,10 @@ def claim_device(cfg: Config, env: Mapping) -> torch.device:
         return torch.device("cpu")
     ranks = read_count(env, "LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
-    require(gpus, "DEVICE=cuda: found no GPU that PyTorch can use; set DEVICE=cpu")
     require(
         ranks <= gpus,
-        f"DEVICE=cuda: {ranks} ranks on this machine, found {gpus} GPUs; start fewer ranks",
+        f"DEVICE=cuda: {ranks} ranks on this machine, found {gpus} GPUs that PyTorch can use; start"
+        " fewer ranks, or set DEVICE=cpu",
     )
     device = torch.device("cuda", read_count(env, "LOCAL_RANK", 0))
     torch.cuda.set_device(device)
@@ -492,7 +491,6 @@ def set_up_backends(device: torch.device, dtype: torch.dtype):
     if device.type == "cuda":
         is_fp32 = dtype == torch.float32
         torch.backends.cuda.matmul.allow_tf32 = not is_fp32
-        torch.backends.cudnn.allow_tf32 = not is_fp32
         # Flash attention only, so that a missing kernel fails loudly. fp32 has none and uses math.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -683,6 +681,7 @@ def describe_hardware(device: torch.device) -> str:
     if device.type == "cuda":
         gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
         return f"{gpus}, CUDA {torch.version.cuda}"
+    # ARM names no model: there the architecture has to do.
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     names.append(os.uname().machine)
@@ -711,18 +710,15 @@ class RunLog:
     artifact_hash: str = ""  # its SHA-256
     has_gaps: bool = False
 
-    def line(self, text: str, console: bool = True, suffix: bool = True):
+    def line(self, text: str, suffix: bool = True):
         """Write to the log and to standard output."""
         if self.rank:
             return
         if suffix:
             text += self.suffix
-        if console:
-            with self.surviving(), tqdm.external_write_mode():  # clears progress bars
-                print(text, flush=True)
-        if self.path:
-            with self.surviving():
-                self.append(text + "\n")
+        with self.surviving(), tqdm.external_write_mode():  # clears progress bars
+            print(text, flush=True)
+        self.append(text + "\n")
 
     @contextlib.contextmanager
     def surviving(self) -> Iterator[None]:
@@ -737,9 +733,10 @@ class RunLog:
                     print(warning, file=sys.stderr)
 
     def append(self, text: str):
-        """Write to the file only. Raises `OSError` on failure."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        """Write to the file only, once it is open."""
+        if self.path:
+            with self.surviving(), self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
 
     def open(self, cfg: Config, rt: Runtime, env: Mapping):
         """Lock OUT_DIR and start the log, or a new attempt in it."""
@@ -855,7 +852,7 @@ class ByteTable(NamedTuple):
         texts = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
         sizes = np.array([len(text.encode()) for text in texts])
         spaced = np.array([piece.startswith("▁") for piece in pieces])
-        return cls(np.where(is_byte, 1, sizes) * is_text, spaced & is_text & ~is_byte, is_text)
+        return cls(np.where(is_byte, 1, sizes) * is_text, spaced & is_text, is_text)
 
     def count(self, previous: ndarray, target: ndarray) -> ndarray:
         """Bytes of each `target`, given the token before: ids of any shape -> int64."""
@@ -883,20 +880,16 @@ def open_shards(folder: str, split: str, required: bool = True) -> list[ndarray]
 
     `UserError` if one is damaged or missing, or if there are none although they are `required`.
     """
-    names = [path.name for path in Path(folder).glob(f"fineweb_{split}_{6 * '[0-9]'}.bin")]
-    require(
-        names or not required,
-        f"DATA_PATH={folder}: found no fineweb_{split}_000000.bin; expected shards; data/README.md"
-        " says how to make them",
-    )
-    expected = [f"fineweb_{split}_{number:06d}.bin" for number in range(len(names))]
-    missing = sorted(set(expected).difference(names))
+    count = len(list(Path(folder).glob(f"fineweb_{split}_{6 * '[0-9]'}.bin")))
+    numbers = range(max(count, int(required)))
+    paths = [Path(folder, f"fineweb_{split}_{number:06d}.bin") for number in numbers]
+    missing = [path.name for path in paths if not path.exists()]
     require(
         not missing,
-        f"DATA_PATH={folder}: missing {', '.join(missing[:5])}; expected shards from 000000 without"
-        " gaps; fetch or make them again",
+        f"DATA_PATH={folder}: found no {', '.join(missing[:5])}; expected shards from 000000 without"
+        " gaps; data/README.md says how to make or fetch them",
     )
-    return [open_shard(Path(folder, name)) for name in expected]
+    return [open_shard(path) for path in paths]
 
 
 def fingerprint(shard: ndarray) -> str:
@@ -924,16 +917,17 @@ class TokenStream:
         self.position = 0
         self.deadline = math.inf  # of time.perf_counter(): when reading must end
         # Where each shard begins; the last entry is the total length.
-        self.begins = np.cumsum([0, *map(len, shards)])
+        self.begins = [0, *itertools.accumulate(map(len, shards))]
 
     def read(self, start: int, count: int) -> ndarray:
         """Tokens [start, start + count) of the endless stream: (count,) int64."""
         parts = []
         while count:
-            start %= int(self.begins[-1])
-            shard = int(np.searchsorted(self.begins, start, side="right")) - 1
-            part = self.shards[shard][start - int(self.begins[shard]) :][:count]
-            check_ids(part, self.shards[shard], self.vocab_size)
+            start %= self.begins[-1]
+            number = bisect.bisect(self.begins, start) - 1
+            shard = self.shards[number]
+            part = shard[start - self.begins[number] :][:count]
+            check_ids(part, shard, self.vocab_size)
             parts.append(part)
             start += len(part)
             count -= len(part)
@@ -972,8 +966,7 @@ def split_documents(
     if 0 < limit < len(starts):
         stream = stream[: starts[limit] + 1]  # up to the BOS that closes the last document
         starts = starts[:limit]
-    ends = np.append(starts[1:], len(stream) - 1)[: len(starts)]
-    predictions = ends - starts
+    predictions = np.diff(starts, append=len(stream) - 1)
     sizes = table.count(stream[:-1], stream[1:])
     kept = predictions > 0
     require(
@@ -1043,14 +1036,6 @@ class Adapters(NamedTuple):
 NO_ADAPTERS = Adapters()
 
 
-def project(x: Tensor, weight: Tensor, lora: LoRA | None = None) -> Tensor:
-    """x W^T plus each row's LoRA: (B, T, in) -> (B, T, out), all in the dtype of x."""
-    out = F.linear(x, weight.to(x.dtype))
-    if lora is None:
-        return out
-    return torch.baddbmm(out, torch.bmm(x, lora.a.mT), lora.b.mT)
-
-
 class Linear(nn.Linear):
     """A projection without bias: fp32 weights, cast to its input's dtype when used."""
 
@@ -1061,8 +1046,11 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, lora: LoRA | None = None) -> Tensor:
-        """(B, T, in) -> (B, T, out)."""
-        return project(x, self.weight, lora)
+        """x W^T plus each row's LoRA: (B, T, in) -> (B, T, out), all in the dtype of x."""
+        out = F.linear(x, self.weight.to(x.dtype))
+        if lora is None:
+            return out
+        return torch.baddbmm(out, torch.bmm(x, lora.a.mT), lora.b.mT)
 
 
 class TiedHead(nn.Module):
@@ -1077,9 +1065,7 @@ class TiedHead(nn.Module):
         """(V, D)."""
         return self.embedding[0].weight
 
-    def forward(self, x: Tensor, lora: LoRA | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, V)."""
-        return project(x, self.weight, lora)
+    forward = Linear.forward  # of this weight: (B, T, D) -> (B, T, V)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1102,21 +1088,22 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     # On CPUs plain matmuls beat the flash kernel. Blocks of queries see only the keys up to their own
     # end, which saves about half the work (records/NOTES.md).
-    batch, kv_heads, length, dim = k.shape
-    share = q.size(1) // kv_heads  # query heads that use the same keys
-    q = (q * dim**-0.5).reshape(batch * kv_heads, share, length, dim)
-    k = k.reshape(batch * kv_heads, length, dim)
-    v = v.reshape(batch * kv_heads, length, dim)
+    _, kv_heads, length, dim = k.shape
+    # Query heads that use the same keys share one product: (B * G, H / G, T, N).
+    grouped = (q * dim**-0.5).unflatten(1, (kv_heads, -1)).flatten(0, 1)
+    k = k.flatten(0, 1)
+    v = v.flatten(0, 1)
     outputs = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
         future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device)
-        mask = future.triu(begin + 1).repeat(share, 1)
-        queries = q[:, :, begin:end].reshape(batch * kv_heads, -1, dim)
-        scores = torch.baddbmm(mask, queries, k[:, :end].mT)
+        queries = grouped[:, :, begin:end]
+        keys = k[:, :end]
+        mask = future.triu(begin + 1).repeat(queries.size(1), 1)
+        scores = torch.baddbmm(mask, queries.flatten(1, 2), keys.mT)
         out = scores.softmax(-1) @ v[:, :end]
-        outputs.append(out.view(batch * kv_heads, share, end - begin, dim))
-    return torch.cat(outputs, dim=2).view(batch, kv_heads * share, length, dim)
+        outputs.append(out.view_as(queries))
+    return torch.cat(outputs, dim=2).view(q.shape)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -1148,8 +1135,7 @@ class KVCache:
 
     def __post_init__(self):
         self.began = torch.zeros(self.rows, dtype=torch.int64, device=self.rt.device)
-        self.keys = {}  # by layer, each (rows, G, W, N)
-        self.values = {}
+        self.past = {}  # keys and values by layer, each (2, rows, G, W, N)
 
     def restart(self, rows: Tensor):
         """Start new documents in these rows: hide everything that was cached before."""
@@ -1167,23 +1153,20 @@ class KVCache:
         self.positions = queries - began[:, None]
         self.now += self.chunk
 
-    def extend(self, layer: int, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a chunk to one layer of the cache.
+    def extend(self, layer: int, new: Tensor) -> Tensor:
+        """Append the keys and values of a chunk, `new` (2, batch, G, C, N), to one layer of the cache.
 
-        new_keys, new_values: (batch, G, C, N). Returns the keys and values that the chunk's queries
-        may see, (batch, G, W + C, N); `mask` hides what belongs to an earlier document.
+        Returns those that the chunk's queries may see, (2, batch, G, W + C, N); `mask` hides what
+        belongs to an earlier document.
         """
-        batch, heads, _, dim = new_keys.shape
-        if layer not in self.keys:
-            empty = new_keys.new_zeros(self.rows, heads, self.window, dim)
-            self.keys[layer] = empty
-            self.values[layer] = empty
-        keys = torch.cat((self.keys[layer][:batch], new_keys), dim=2)
-        values = torch.cat((self.values[layer][:batch], new_values), dim=2)
+        _, batch, heads, _, dim = new.shape
+        if layer not in self.past:
+            self.past[layer] = new.new_zeros(2, self.rows, heads, self.window, dim)
+        past = self.past[layer][:, :batch]
+        seen = torch.cat((past, new), dim=3)
         # The cache keeps what was computed when a chunk was scored: no gradient flows into it.
-        self.keys[layer] = keys[:, :, -self.window :].detach()
-        self.values[layer] = values[:, :, -self.window :].detach()
-        return keys, values
+        self.past[layer] = seen[..., -self.window :, :].detach()
+        return seen
 
 
 class Attention(nn.Module):
@@ -1217,7 +1200,7 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v)
         else:
-            k, v = cache.extend(layer, k, v)
+            k, v = cache.extend(layer, torch.stack((k, v)))
             y = masked_attention(q, k, v, cache.mask)
         y = y.transpose(1, 2).reshape(x.shape)
         return self.proj(y, lora.attn_proj)
@@ -1450,13 +1433,11 @@ def build_optimizers(model: GPT, rt: Runtime):
         by_role.setdefault(p.role, []).append(p)
     groups = {"muon": [], "adam": []}
     for role, params in by_role.items():
-        groups[role.optimizer].append({"params": params, "lr": getattr(cfg, role.rate)})
+        rate = getattr(cfg, role.rate)
+        groups[role.optimizer].append({"params": params, "lr": rate, "base_lr": rate})
     muon = Muon(groups["muon"], cfg.muon_backend_steps, rt)
     betas = (cfg.beta1, cfg.beta2)
     adam = torch.optim.Adam(groups["adam"], betas=betas, eps=cfg.adam_eps, fused=True)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
     return muon, adam
 
 
@@ -1481,14 +1462,14 @@ def schedule(step: int, elapsed_ms: float, cfg: Config) -> tuple[float, float]:
 
 ADAPTER_SEED = 1337  # fixed, so that an artifact's score does not depend on SEED
 
-# Target name -> module path in a block, in the order of `BlockLoRA`'s fields.
+# Field of `BlockLoRA` -> module path in a block. Names in TARGETS are the ends of these paths.
 PROJECTIONS = {
     "c_q": "attn.c_q",
     "c_k": "attn.c_k",
     "c_v": "attn.c_v",
-    "attn.proj": "attn.proj",
+    "attn_proj": "attn.proj",
     "fc": "mlp.fc",
-    "mlp.proj": "mlp.proj",
+    "mlp_proj": "mlp.proj",
 }
 
 
@@ -1528,20 +1509,22 @@ class DocumentAdapters:
         self.chunk = chunk
         self.dtype = model.dtype
         self.layers = len(model.blocks)
-        self.block_targets = [target for target in PROJECTIONS if target in learner.targets]
+        paths = PROJECTIONS.items()
+        self.adapted = [name for name, path in paths if path.endswith(learner.targets)]
         modules = []
         for block in model.blocks:
-            modules += [block.get_submodule(PROJECTIONS[name]) for name in self.block_targets]
+            modules += [block.get_submodule(PROJECTIONS[name]) for name in self.adapted]
         if "lm_head" in learner.targets:
             modules.append(model.lm_head)
-        self.shapes = [tuple(module.weight.shape) for module in modules]  # (out, in)
         generator = torch.Generator(device="cpu").manual_seed(ADAPTER_SEED)
-        values = []
-        for out_dim, in_dim in self.shapes:
-            a = torch.rand(learner.rank * in_dim, generator=generator, device="cpu") * 2 - 1
+        values = []  # A and B of each module in turn
+        for module in modules:
+            out_dim, in_dim = module.weight.shape
+            a = torch.rand(learner.rank, in_dim, generator=generator, device="cpu") * 2 - 1
             values.append(a * (learner.init_scale / math.sqrt(in_dim)))
-            values.append(torch.zeros(out_dim * learner.rank, device="cpu"))
-        self.start = torch.cat(values).to(rt.device)
+            values.append(torch.zeros(out_dim, learner.rank, device="cpu"))
+        self.shapes = [value.shape for value in values]
+        self.start = torch.cat([value.flatten() for value in values]).to(rt.device)
         flat = self.start.repeat(slots, 1)
         steps = torch.zeros(slots, 1, device=rt.device)
         mean = torch.zeros_like(flat if learner.beta1 else steps)
@@ -1555,27 +1538,25 @@ class DocumentAdapters:
 
     def unflatten(self, flat: Tensor) -> Adapters:
         """Split rows of `state.flat` (B, P) into LoRA matrices, in the model's dtype."""
-        rank = self.learner.rank
-        parts = flat.to(self.dtype).split([rank * sum(shape) for shape in self.shapes], dim=1)
-        pairs = []
-        for part, (out_dim, in_dim) in zip(parts, self.shapes, strict=True):
-            a, b = part.split([rank * in_dim, out_dim * rank], dim=1)
-            pairs.append(LoRA(a.unflatten(1, (rank, in_dim)), b.unflatten(1, (out_dim, rank))))
-        names = [target.replace(".", "_") for target in self.block_targets]
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = flat.to(self.dtype).split(sizes, dim=1)
+        matrices = []
+        for part, shape in zip(parts, self.shapes, strict=True):
+            matrices.append(part.unflatten(1, shape))
+        loras = map(LoRA, matrices[::2], matrices[1::2])
         blocks = []
-        for layer in range(self.layers):
-            own = pairs[layer * len(names) : (layer + 1) * len(names)]
-            blocks.append(BlockLoRA(**dict(zip(names, own, strict=True))))
-        return Adapters(blocks, pairs[-1] if "lm_head" in self.learner.targets else None)
+        for _ in range(self.layers):
+            blocks.append(BlockLoRA(**{name: next(loras) for name in self.adapted}))
+        return Adapters(blocks, next(loras, None))  # the head's come last, if it has any
 
     @torch.no_grad()
-    def step(self, rows: Tensor | slice, grad: Tensor, eps: float = 1e-10):
+    def step(self, rows: Tensor | slice, grad: Tensor):
         """One Adam step for `rows`, each with its own step count; grad (B, P)."""
         learner = self.learner
         state = AdapterState(*(tensor[rows] for tensor in self.state))  # views if `rows` is a slice
         state.steps.add_(1)
         state.square.mul_(learner.beta2).addcmul_(grad, grad, value=1 - learner.beta2)
-        spread = (state.square / (1 - learner.beta2**state.steps)).sqrt_().add_(eps)
+        spread = (state.square / (1 - learner.beta2**state.steps)).sqrt_().add_(1e-10)
         direction = grad  # without momentum its bias correction below is 1
         if learner.beta1:
             direction = state.mean.lerp_(grad, 1 - learner.beta1)
@@ -1736,31 +1717,22 @@ def plan_slots(documents: ndarray, chunks: ndarray, slots: int) -> Iterator[tupl
 LENGTHS = np.unique(np.floor(1.05 ** np.arange(250)).astype(np.int64))
 
 
-class Group(NamedTuple):
-    """Rows that share a forward pass."""
+def group_rows(ends: ndarray, predictions: ndarray, how: Condition) -> Iterator[tuple]:
+    """Group a turn's rows, whose chunks end at `ends` (B,), by what they share in a forward pass.
 
-    rows: ndarray
-    length: int  # of the padded windows
-    learns: bool
-
-
-def group_rows(ends: ndarray, predictions: ndarray, how: Condition) -> list[Group]:
-    """Group a turn's rows by `(length, learns)`; ends (B,) are chunk ends.
-
+    Yields (rows, length of the padded windows, whether the adapters learn from them).
     Floating-point results depend on the length, so it never depends on other documents. A document's
     last chunk is not learned from, except in a stream, where skipping it would split the batch.
     """
     learns = (ends < predictions) & (how.learner is not None)
     if how.stream:
-        return [Group(np.arange(len(ends)), how.chunk, bool(learns.any()))]
+        yield np.arange(len(ends)), how.chunk, bool(learns.any())
+        return
     lengths = np.minimum(ends, how.window)
     filled = np.minimum(LENGTHS[np.searchsorted(LENGTHS, lengths)], how.window)
     lengths = np.where(learns, lengths, filled)
-    groups = []
     for length, learning in sorted(set(zip(lengths.tolist(), learns.tolist(), strict=True))):
-        rows = np.flatnonzero((lengths == length) & (learns == learning))
-        groups.append(Group(rows, length, learning))
-    return groups
+        yield np.flatnonzero((lengths == length) & (learns == learning)), length, learning
 
 
 def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> Tensor:
@@ -1897,7 +1869,7 @@ def calibrate(model: GPT, stream: TokenStream, rows: int, log: RunLog, length: i
     for module in model.modules():
         if isinstance(module, kinds):
             stats[names[module.weight]] = watch(module)
-    places = [int(stream.begins[-1]) * row // rows for row in range(rows)]
+    places = [stream.begins[-1] * row // rows for row in range(rows)]
     used = 0
     while used < rows and (not used or time.perf_counter() < stream.deadline):
         spans = [stream.read(place, length + 1) for place in places[used : used + 8]]
@@ -2378,7 +2350,7 @@ class Trainer:
         # Per gradient and weight: the steps before its first value that is not finite.
         count = 2 * len(self.params)
         self.finite_steps = torch.zeros(count, dtype=torch.int64, device=self.rt.device)
-        names = [f.name for f in fields(self.cfg) if f.metadata["decides"]]
+        names = [f.name for f in fields(self.cfg) if "decides" in f.metadata]
         self.identity = {name.upper(): spell(getattr(self.cfg, name)) for name in names}
         # Over all ranks: their number may change from one attempt to the next.
         self.identity["MICRO_STEPS"] = str(self.rt.world * self.cfg.grad_accum_steps)
@@ -2911,7 +2883,7 @@ def main(arguments: Sequence[str] = ()) -> int:
             rt.signals.is_deferred = True  # too late to stop
     if message:
         print(message, file=sys.stderr, flush=True)
-        log.line(message, console=False, suffix=False)
+        log.append(message + "\n")
     if dist.is_initialized() and not is_alone:
         dist.destroy_process_group()
         time.sleep(0.1)  # gloo's threads need the interpreter to free their tensors

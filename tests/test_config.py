@@ -137,7 +137,7 @@ def test_a_value_survives_being_spelled():
 def test_what_decides_a_checkpoint_is_declared():
     """Forgotten, a resumed training would go on under another rate or shape without a word."""
     published = {pair.split("=")[0] for pair in PUBLISHED.split()}
-    free = {name for name in published if not SPECS[name].metadata["decides"]}
+    free = {name for name in published if not SPECS[name].metadata.get("decides")}
     harmless = {"VAL_BATCH_SIZE", "VAL_LOSS_EVERY", "TRAIN_LOG_EVERY", "WARMUP_STEPS"}
     hashed = {"DATA_PATH", "TOKENIZER_PATH"}
     assert {name for name in free if not name.startswith("TTT_")} == harmless | hashed

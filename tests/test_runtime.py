@@ -74,8 +74,8 @@ def test_dtype_is_what_the_processor_can_do(monkeypatch, flags, expected):
 def test_cuda_without_a_gpu_is_refused_in_one_line(tmp_path):
     done = run_forked(tmp_path, DEVICE="cuda")
     assert done.returncode == 1 and done.stdout == ""
-    expected = "error: DEVICE=cuda: 1 ranks on this machine, found 0 GPUs; start fewer ranks"
-    assert done.stderr.splitlines() == [expected]
+    expected = "error: DEVICE=cuda: 1 ranks on this machine, found 0 GPUs that PyTorch can use; "
+    assert done.stderr.splitlines() == [f"{expected}start fewer ranks, or set DEVICE=cpu"]
 
 
 def test_an_unwritable_out_dir_is_refused(tmp_path):
