@@ -33,7 +33,7 @@ def make_trainer(preset: str, data: Path, out_dir: str) -> tg.Trainer:
         env["TRAIN_BATCH_TOKENS"] = "8192"
     cfg = tg.read_config(env)
     rt = tg.Runtime.create(cfg, {})
-    stream = tg.TokenStream(tg.open_shards(cfg.data_path, "train"))
+    stream = tg.TokenStream(tg.open_shards(cfg.data_path, "train"), cfg.vocab_size)
     log = tg.RunLog()
     log.run_id = "benchmark"
     return tg.Trainer(tg.build_model(cfg, rt.dtype), stream, rt, log, hashes={})

@@ -89,12 +89,20 @@ def record_pack(content: Mapping[str, Any]) -> bytes:
     return zlib.compress(tg.torch_bytes(content), 9)
 
 
+def training_stream(model: tg.GPT) -> tg.TokenStream:
+    """The training shards that the model's settings name."""
+    shards = tg.open_shards(model.cfg.data_path, "train")
+    return tg.TokenStream(shards, model.cfg.vocab_size)
+
+
 def our_artifact(model: tg.GPT, size: int) -> bytes:
     """Our artifact of the model in at most `size` bytes."""
     model = copy.copy(model)
     budget = size + len(tg.source_code().encode())
     model.cfg = replace(model.cfg, artifact_budget=budget)
-    blob = tg.fit_artifact(model, dict(model.state_dict()))
+    blob = tg.fit_artifact(
+        model, dict(model.state_dict()), training_stream(model), tg.RunLog(rank=1)
+    )
     assert len(blob) <= size
     return blob
 
@@ -214,7 +222,9 @@ def print_times(cfg: tg.Config, repeats: int):
         return stats
 
     with mock.patch.object(tg, "calibrate", timed_calibrate):
-        seconds, blob = fastest(lambda: tg.fit_artifact(model, state), repeats)
+        stream = training_stream(model)
+        log = tg.RunLog(rank=1)  # says nothing
+        seconds, blob = fastest(lambda: tg.fit_artifact(model, state, stream, log), repeats)
     print_row("ours: calibrate, search, round, compress", f"{seconds:.1f}", len(blob))
     print_row("calibrate alone, least", f"{min(times, default=0):.1f}", "")
 

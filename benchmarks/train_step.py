@@ -75,7 +75,7 @@ def settings(data: Path, shape: str, **changes: object) -> tg.Config:
 
 def open_stream(cfg: tg.Config) -> tg.TokenStream:
     """The training tokens in DATA_PATH."""
-    return tg.TokenStream(tg.open_shards(cfg.data_path, "train"))
+    return tg.TokenStream(tg.open_shards(cfg.data_path, "train"), cfg.vocab_size)
 
 
 def make_trainer(cfg: tg.Config, rt: tg.Runtime) -> tg.Trainer:

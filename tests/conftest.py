@@ -53,6 +53,11 @@ EVAL_ARTIFACT = {
     "EVAL_ONLY": "1",
     "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"),
     "TRAIN_SEQ_LEN": "512",
+    # Its shape is its own.
+    "NUM_LAYERS": None,
+    "MODEL_DIM": None,
+    "NUM_HEADS": None,
+    "NUM_KV_HEADS": None,
 }
 
 
@@ -165,6 +170,11 @@ def write_shard(path, tokens):
     return path
 
 
+def training_stream(cfg):
+    """The training shards of DATA_PATH."""
+    return tg.TokenStream(tg.open_shards(cfg.data_path, "train"), cfg.vocab_size)
+
+
 def tiny_config(**settings):
     """A three-layer model of width 32 with chunks of 8 in windows of 24."""
     base = tg.Config(
@@ -214,9 +224,9 @@ def tiny_table(vocab_size):
 
 def tiny_score(nats, tokens, size):
     """A score of one chunk."""
-    return tg.Score(
-        {"tokens": np.array([tokens]), "bytes": np.array([size]), "loss_nats": np.array([nats])}
-    )
+    losses = np.array([nats])
+    columns = {"tokens": np.array([tokens]), "bytes": np.array([size]), "loss_nats": losses}
+    return tg.Score(columns, losses)
 
 
 def tiny_documents(lengths, vocab_size=96, seed=0):

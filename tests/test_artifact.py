@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CONFORMANCE, tiny_config, tiny_model, write_shard
+from conftest import CONFORMANCE, tiny_config, tiny_model, training_stream, write_shard
 from rate_distortion import record_content
 
 import train_gpt as tg
@@ -45,7 +45,7 @@ def model(rt, tmp_path):
 def fitted(model, room):
     """An artifact of at most `room` bytes."""
     model.cfg = replace(model.cfg, artifact_budget=CODE + room)
-    return tg.fit_artifact(model, dict(model.state_dict()))
+    return tg.fit_artifact(model, dict(model.state_dict()), training_stream(model.cfg), tg.RunLog())
 
 
 def opened(blob):
@@ -66,7 +66,7 @@ def test_budgets_are_kept_and_spent(model, tmp_path):
     The script and the published loader read the same weights from every artifact.
     """
     state = model.state_dict()
-    exact = len(tg.pack(tg.quantize(state, {}, 0)))
+    exact = len(tg.pack(tg.quantize(state, {}, 0) | {"made_with": {}}))
     path = tmp_path / "a.ptz"
     errors = []
     for room in (exact // 8, exact // 5, exact // 4, exact - 1, exact):
@@ -74,8 +74,7 @@ def test_budgets_are_kept_and_spent(model, tmp_path):
         assert len(blob) <= room
         if room < exact - 1:  # there int8 has no finer steps
             assert len(blob) > 0.98 * room
-        path.write_bytes(blob)
-        back = tg.read_weights(path)
+        back, _ = tg.parse_weights(blob, path)
         assert_equal_states(back, published_loader(blob))
         errors.append(sum((back[name] - state[name]).square().sum().item() for name in state))
     assert errors == sorted(errors, reverse=True)
@@ -92,7 +91,7 @@ def test_a_budget_that_nothing_fits_is_refused_and_the_weights_are_kept(model, t
     model.cfg = replace(model.cfg, artifact_budget=CODE + room)
     start = f"^ARTIFACT_BUDGET={CODE + room}: the script leaves {room} bytes, the smallest artifact"
     with pytest.raises(tg.UserError, match=f"{start}.*EVAL_ONLY=1"):
-        tg.export(model, tg.RunLog())
+        tg.export(model, training_stream(model.cfg), tg.RunLog())
     saved = torch.load(tmp_path / "final_model.pt", weights_only=True)
     assert_equal_states(saved, dict(model.state_dict()))
     assert not list(tmp_path.glob("*.ptz"))
@@ -109,7 +108,7 @@ def test_calibration_measures_every_matrix(rt, model, tied):
     uses send back.
     """
     model = tiny_model(replace(model.cfg, tie_embeddings=tied), rt)
-    found = tg.calibrate(model, 3, 30)
+    found = tg.calibrate(model, training_stream(model.cfg), 3, tg.RunLog(), 30)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     names = {p: name for name, p in model.named_parameters()}
     seen = {}
@@ -135,6 +134,16 @@ def test_calibration_measures_every_matrix(rt, model, tied):
         else:
             expected = inputs.T @ inputs / 90, squares.mean(0)
         torch.testing.assert_close((moments, slopes), expected, atol=1e-7, rtol=1e-3)
+
+
+def test_calibration_ends_with_the_time(rt, model, capsys):
+    """At least one batch of rows is measured; averages are over those that were."""
+    model = tiny_model(replace(model.cfg, tie_embeddings=False), rt)
+    stream = training_stream(model.cfg)
+    stream.deadline = 0.0
+    stats = tg.calibrate(model, stream, 24, tg.RunLog(), 30)
+    assert "calibration: rows:8 of:24 before_time_limit:-" in capsys.readouterr().out
+    assert torch.allclose(stats["tok_emb.weight"].moments, torch.eye(32))
 
 
 # -- rounding ----------------------------------------------------------------------------------
@@ -246,7 +255,7 @@ def test_the_layout_is_the_published_one(rt, model):
     untied = replace(model.cfg, tie_embeddings=False)
     for each in (model, tg.build_model(untied, rt.dtype)):
         content = opened(fitted(each, 25_000))
-        assert list(content) == list(published)
+        assert list(content) == [*published, "made_with"]
         matrices = {}
         others = set()
         for name, p in each.named_parameters():
@@ -280,7 +289,9 @@ def test_a_scalar_scale_is_read():
 
 
 def test_export_writes_both_files_and_their_sizes(model, tmp_path, capsys):
-    packed = tg.export(model, tg.RunLog()).stat().st_size
+    log = tg.RunLog()
+    tg.export(model, training_stream(model.cfg), log)
+    packed = log.artifact.stat().st_size
     raw = (tmp_path / "final_model.pt").stat().st_size
     printed = capsys.readouterr().out
     assert printed.startswith(
@@ -297,7 +308,9 @@ def test_a_model_is_loaded_from_whatever_holds_its_weights(rt, model, tmp_path, 
     """An artifact, a state dict, a compiled model's, a checkpoint: the shape is the file's."""
     cfg = replace(model.cfg, tie_embeddings=tied, mlp_mult=3)
     model = tiny_model(cfg, rt)
-    artifact = tg.export(model, tg.RunLog())
+    log = tg.RunLog()
+    tg.export(model, training_stream(model.cfg), log)
+    artifact = log.artifact
     state = model.state_dict()
     compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
     torch.save(compiled, tmp_path / "compiled.pt")

@@ -1,9 +1,11 @@
 """The settings: defaults of the record, presets, and a reader that refuses in one line."""
 
+import math
 import re
 from dataclasses import fields
 
 import pytest
+from conftest import CONFORMANCE
 
 import train_gpt as tg
 
@@ -132,6 +134,20 @@ def test_a_value_survives_being_spelled():
     """The log's config line and the command of a resumed run are read back by the parsers."""
     for name, spec in SPECS.items():
         assert tg.parse_setting(name, tg.spell(spec.default), spec) == spec.default
+
+
+def test_the_tokenizer_beside_the_shards_is_the_default():
+    env = {"PRESET": "cpu", "DATA_PATH": str(CONFORMANCE)}
+    assert tg.read_config(env).tokenizer_path == str(CONFORMANCE / "tokenizer.model")
+    assert tg.read_config(env | {"TOKENIZER_PATH": "mine.model"}).tokenizer_path == "mine.model"
+
+
+def test_training_leaves_time_for_calibration():
+    """2 % of the limit, or CALIBRATION_SECONDS, but never more than half; without a limit all of it."""
+    assert tg.Config().training_seconds == 588
+    assert tg.read_config({"PRESET": "cpu"}).training_seconds == 160
+    assert tg.Config(max_wallclock_seconds=10.0, calibration_seconds=8.0).training_seconds == 5
+    assert tg.Config(max_wallclock_seconds=0.0).training_seconds == math.inf
 
 
 def test_what_decides_a_checkpoint_is_declared():

@@ -1,9 +1,14 @@
 """Shards, the training stream, the validation documents, and the bytes of their text."""
 
+import contextlib
+import hashlib
+import io
+import json
 import random
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from conftest import CONFORMANCE, CPU, EVAL_ARTIFACT, TINY_RUN, tiny_config, tiny_table, write_shard
 
@@ -45,7 +50,7 @@ def test_all_shards_are_checked_at_once(tmp_path):
     (tmp_path / "fineweb_train_000001.bin").mkdir()
     with pytest.raises(tg.UserError, match="fineweb_train_000001"):
         tg.open_shards(str(tmp_path), "train")
-    with pytest.raises(tg.UserError, match=r"found no fineweb_val_\*.bin"):
+    with pytest.raises(tg.UserError, match=r"found no fineweb_val_000000\.bin"):
         tg.open_shards(str(tmp_path), "val")
 
 
@@ -53,7 +58,7 @@ def test_stream_reads_shards_in_order_and_wraps(tmp_path):
     tokens = np.arange(65506, 65536)
     for i, part in enumerate(np.split(tokens, [7, 10])):
         write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", part)
-    stream = tg.TokenStream(tg.open_shards(str(tmp_path), "train"))
+    stream = tg.TokenStream(tg.open_shards(str(tmp_path), "train"), 65536)
     everything = np.tile(tokens, 4).tolist()
     for start in range(45):
         for count in (1, 10, 64):
@@ -66,7 +71,7 @@ def test_micro_steps_follow_the_published_layout(world):
     tokens = np.arange(5000) % 90
     cfg = tiny_config(train_batch_tokens=512, train_seq_len=32, grad_accum_steps=8 // world)
     for rank in range(world):
-        stream = tg.TokenStream([tokens])
+        stream = tg.TokenStream([tokens], 1024)
         rt = tg.Runtime(CPU, torch.float32, rank=rank, world=world)
         for micro in range(2 * cfg.grad_accum_steps):
             span = tokens[65 * (micro * world + rank) :][:65]
@@ -111,21 +116,119 @@ def test_nothing_to_predict_is_refused(digits):
 def load(rt, folder, **env):
     """What the program starts from, with the shards in this folder."""
     env = TINY_RUN | {"DATA_PATH": str(folder)} | env
+    env = {name: value for name, value in env.items() if value is not None}
     return tg.load_inputs(tg.read_config(env), rt, tg.RunLog())
 
 
-def test_ids_are_checked_to_the_last_token_of_the_last_shard(rt, tmp_path):
+def write_set(folder, *last):
+    """A validation shard, two training shards, and after each of them these ids."""
+    write_shard(folder / "fineweb_val_000000.bin", [1, 5, *last])
+    write_shard(folder / "fineweb_train_000000.bin", [1, 5, 6] * 50)
+    write_shard(folder / "fineweb_train_000001.bin", [1, 7, *last])
+
+
+def test_ids_are_checked_where_they_are_read(rt, tmp_path):
+    """All of the validation text at once, training text with the batch that holds it."""
+    write_set(tmp_path, 1023)
+    assert load(rt, tmp_path).stream.read(150, 3).tolist() == [1, 7, 1023]
+    write_set(tmp_path, 1024)
+    with pytest.raises(OSError, match=r"val_000000\.bin: token id 1024, expected at most 1023"):
+        load(rt, tmp_path)
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5])
-    write_shard(tmp_path / "fineweb_train_000000.bin", [1, 5, 6] * 50)
-    write_shard(tmp_path / "fineweb_train_000001.bin", [1, 1023])
-    assert load(rt, tmp_path).stream.read(150, 2).tolist() == [1, 1023]
-    for name in ("train_000001", "val_000000"):
-        write_shard(tmp_path / f"fineweb_{name}.bin", [1, 5, 1024])
-        with pytest.raises(
-            tg.UserError, match=rf"{name}.bin: token id 1024, expected at most 1023"
-        ):
+    stream = load(rt, tmp_path).stream
+    stream.read(0, 152)
+    with pytest.raises(OSError, match=r"train_000001\.bin: token id 1024, expected at most 1023"):
+        stream.read(0, 153)
+
+
+def test_shards_are_numbered_without_gaps(tmp_path):
+    for number in (1, 3):
+        write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", [1, 5, number])
+    with pytest.raises(tg.UserError, match=r"found no fineweb_train_000000\.bin; expected"):
+        tg.open_shards(str(tmp_path), "train")
+    write_shard(tmp_path / "fineweb_train_000000.bin", [1, 5, 6])
+    with pytest.raises(tg.UserError, match=r"found no fineweb_train_000002\.bin; expected"):
+        tg.open_shards(str(tmp_path), "train")
+
+
+def test_equal_shards_are_refused_without_reading_them_whole(rt, tmp_path):
+    """The validation text among the training text, above all; long shards differ at their ends."""
+    write_set(tmp_path)
+    write_shard(tmp_path / "fineweb_train_000002.bin", [1, 5])
+    with pytest.raises(tg.UserError, match=r"train_000002\.bin: it equals an earlier shard"):
+        load(rt, tmp_path)
+    long = np.zeros(3_000_000, dtype=np.uint16)
+    marks = {tg.fingerprint(long), tg.fingerprint(long[1:])}
+    for place in (0, -1, 1_500_000):
+        other = long.copy()
+        other[place] = 1
+        marks.add(tg.fingerprint(other))
+    assert len(marks) == 4  # the middle is not read
+
+
+def test_sidecars_are_named_and_not_read(rt, tmp_path, capsys):
+    write_set(tmp_path)
+    load(rt, tmp_path)
+    assert "warning" not in capsys.readouterr().out
+    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [1, 2, 3])
+    assert len(load(rt, tmp_path).docs.tokens) == 2
+    said = "warning: not read, since no shard has such a name: fineweb_val_bytes_000000.bin\n"
+    assert said in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_that_of_the_manifest(rt, tmp_path):
+    write_set(tmp_path)
+    found = hashlib.sha256(TOKENIZER.read_bytes()).hexdigest()
+    for listed, fits in ((found, True), ("0" * 64, False)):
+        files = {"tokenizer.model": {"sha256": listed}}
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+        with contextlib.nullcontext() if fits else pytest.raises(tg.UserError, match="manifest"):
             load(rt, tmp_path)
-        write_shard(tmp_path / f"fineweb_{name}.bin", [1, 5])
+
+
+def train_tokenizer(texts, **options):
+    """A SentencePiece model of this text, as the published one but for these options."""
+    model = io.BytesIO()
+    settings = {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False}
+    settings |= {"vocab_size": 1024, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, minloglevel=2, **settings | options
+    )
+    return model.getvalue()
+
+
+def conformance_texts():
+    """The validation documents of the conformance set."""
+    tokenizer = tg.load_tokenizer(str(TOKENIZER), 1024)
+    stream = tg.open_shards(str(CONFORMANCE), "val")[0]
+    parts = np.split(stream, np.flatnonzero(stream == 1))[1:]
+    return [tokenizer.decode(part.tolist()) for part in parts]
+
+
+def test_another_tokenizer_of_the_same_size_is_found(rt, tmp_path):
+    """Its table and its text agree with each other; only the shards disagree."""
+    texts = conformance_texts()
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer([text[::-1] for text in texts]))
+    with pytest.raises(tg.UserError, match=r"audit bytes: only \d+ of \d+ words are encoded as"):
+        load(rt, CONFORMANCE, TOKENIZER_PATH=str(other))
+
+
+def test_what_a_tokenizer_loses_is_said(rt, tmp_path, capsys):
+    """Case, here, and letters that it has no pieces for: both flatter the score."""
+    texts = conformance_texts()
+    fold = {"normalization_rule_name": "nmt_nfkc_cf", "byte_fallback": False}
+    proto = train_tokenizer(texts, character_coverage=0.99, vocab_size=512, **fold)
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(proto)
+    ids = tg.load_tokenizer(str(path), 512).encode("The cafe \u6f22 \u5b57 closes")
+    write_set(tmp_path)
+    write_shard(tmp_path / "fineweb_val_000000.bin", [1, *ids])
+    env = {"VOCAB_SIZE": "512", "TOKENIZER_PATH": None}
+    load(rt, tmp_path, **env)
+    said = capsys.readouterr().out
+    assert "warning: the tokenizer loses text, which flatters the score: 'le caf" in said
+    assert f" unknown_pieces:{ids.count(3)} " in said and ids.count(3) >= 2
 
 
 def test_eval_only_needs_no_training_shards(rt, tmp_path):
@@ -191,7 +294,7 @@ def test_damaged_tokenizers_are_refused_or_work(tmp_path):
     """Copies with one bit flipped: some are no text any more, most still tokenise."""
     rng = random.Random(5)
     path = tmp_path / "damaged.model"
-    stream = np.append(1, rng.choices(range(1024), k=200))
+    stream = tg.open_shards(str(CONFORMANCE), "val")[0][:400]
     refused = []
     for _ in range(60):
         damaged = bytearray(TOKENIZER.read_bytes())

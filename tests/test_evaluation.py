@@ -291,13 +291,19 @@ def test_scores_file_adds_up_piece_by_piece(rt, tmp_path, name):
         piece += np.array([1, docs.bytes[p].item(), losses[p]])
     expected = [[*key, *piece] for key, piece in sums.items()]
     result = tg.evaluate(model, docs, how, rt)
-    tg.write_scores(tmp_path / "scores.csv", {name: result}, tg.RunLog())
+    tg.write_scores(tmp_path / "scores.csv", {name: result}, docs, tg.RunLog())
     with (tmp_path / "scores.csv").open() as file:
         head, *rows = csv.reader(file)
     assert head == ["condition", "doc", "chunk", "start", "tokens", "bytes", "loss_nats"]
     assert {row[0] for row in rows} == {name}
     found = np.array([row[1:] for row in rows], dtype=float)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+    tg.write_scores(tmp_path / "scores.npz", {name: result}, docs, tg.RunLog())
+    with np.load(tmp_path / "scores.npz") as arrays:
+        assert arrays["starts"].tolist() == docs.starts.tolist()
+        assert arrays["predictions"].tolist() == docs.predictions.tolist()
+        assert arrays["bytes"].tolist() == docs.bytes.tolist()
+        np.testing.assert_array_equal(arrays[name], np.where(times, losses, np.nan))
     assert result.tokens == found[:, 3].sum()
     assert result.bytes == found[:, 4].sum()
     assert result.nats == math.fsum(found[:, 5])
@@ -342,7 +348,7 @@ def test_totals_are_rounded_once():
     assert float(nats.sum()) != exact
     ones = np.ones(len(nats), dtype=np.int64)
     for order in (nats, nats[::-1]):
-        result = tg.Score({"tokens": ones, "bytes": 2 * ones, "loss_nats": order})
+        result = tg.Score({"tokens": ones, "bytes": 2 * ones, "loss_nats": order}, order)
         assert result.nats == exact
         assert result.loss == exact / 10_001
         assert result.bpb == pytest.approx(exact / math.log(2) / 20_002, rel=1e-12)

@@ -286,9 +286,16 @@ def test_a_checkpoint_of_other_settings_and_data_is_refused(tmp_path, base):
     shutil.copytree(CONFORMANCE, tmp_path / "data")
     shard = tmp_path / "data/fineweb_train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\7\0")
-    done = run(out, 1, **AUTO, SEED="5", MATRIX_LR="0.05", DATA_PATH=str(tmp_path / "data"))
-    assert re.findall(r"([\w.]+)=", done.err) == ["MATRIX_LR", "SEED", shard.name]
+    done = run(out, 1, **AUTO, SEED="5", ITERATIONS="19", DATA_PATH=str(tmp_path / "data"))
+    assert re.findall(r"([\w.]+)=", done.err) == ["ITERATIONS", "SEED", shard.name]
     assert content(out).keys() == {saved(20), "logs/test.txt"} and not losses(done)
+
+
+def test_a_run_can_be_made_longer(tmp_path, base):
+    out = continued(base, tmp_path / "out", 20)
+    done = run(out, **AUTO, ITERATIONS="22")
+    assert "\nresume: ITERATIONS was 20, now 22\n" in done.out
+    assert "\nstep:22/22 val_loss" in done.out
 
 
 def test_another_world_size_goes_on(tmp_path, base):

@@ -48,7 +48,7 @@ def new_trainer(path=""):
     """A training of a small model, to go on from the checkpoint at the path."""
     rt = tg.Runtime(CPU, torch.float32)
     model = tiny_model(tiny_config(resume=str(path)), rt)
-    return tg.Trainer(model, tg.TokenStream([np.arange(999) % 96]), rt, tg.RunLog(), {})
+    return tg.Trainer(model, tg.TokenStream([np.arange(999) % 96], 96), rt, tg.RunLog(), {})
 
 
 def good_checkpoint():

@@ -76,7 +76,9 @@ def list_files(folder):
 
 
 LINES = [
+    r"validation: not the full FineWeb \(30 documents, 13,689 tokens\)",
     r"step:1/3 train_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"train_tokens:\d+ of:\d+ tokens_per_second:\d+ peak_memory:\d+MB",
     r"Serialized model: \d+ bytes",
     r"Code size: \d+ bytes",
     r"Total submission size: \d+ bytes",
@@ -84,10 +86,12 @@ LINES = [
     r" \(payload:\d+ raw_torch:\d+ payload_ratio:\d\.\d\dx\)",
     r"Total submission size int8\+zlib: \d+ bytes",
     r"step:3/3 val_loss:\d\.\d{4} val_bpb:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"conditions: causal .*, normalised .*, score first .*, one pass .*",
     r"final_int8_zlib_roundtrip val_loss:\d\.\d{4} val_bpb:\d\.\d{4} eval_time:\d+ms",
     r"final_int8_zlib_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}",
     r"final_int8_ttt_lora val_loss:\d\.\d{4} val_bpb:\d\.\d{4} eval_time:\d+ms",
     r"final_int8_ttt_stream val_loss:\d\.\d{4} val_bpb:\d\.\d{4} eval_time:\d+ms",
+    r"total_eval_time:\d+\.\ds limit:600s PASS",
 ]
 
 
@@ -100,7 +104,6 @@ def test_lines_that_tools_read(runs, ranks):
         (found,) = re.finditer(rf"^{line}$", text, re.M)
         places.append(found.start())
     assert places == sorted(places) and " partial\n" not in text
-    assert "\nval_documents:30 predictions:13688\n" in text
     results = ["final_model.int8.ptz", "final_model.pt", "logs/test.txt", "scores.csv"]
     assert list_files(folder) == [CHECKPOINT, *results]
 
@@ -111,7 +114,7 @@ def test_ladder_result_and_scores_agree(runs):
     path = folder / "scores.csv"
     rows = list(csv.DictReader(path.read_text().splitlines()))
     digest = sha256(path.read_bytes()).hexdigest()
-    assert f"\nscores:{path} rows:{len(rows)} sha256:{digest}\n" in text
+    assert f"\nscores:{path} sha256:{digest}\n" in text
     results = read_results(text)
     assert ",".join(results) == RUNGS
     first = results["flat"]["val_bpb"]
@@ -221,6 +224,49 @@ def test_a_published_artifact_needs_no_shape_and_no_training_shards(
     assert list_files(tmp_path) == [f"data/{VAL}", "made/on demand/logs/test.txt"]
 
 
+def test_an_artifact_brings_its_settings(run_here, tmp_path):
+    """What no shape shows decides the score; a variable or tokenizer that contradicts it is refused."""
+    odd = {"ROPE_BASE": "500000", "LOGIT_SOFTCAP": "15", "EVAL": "flat"}
+    score = read_scores(run_here(tmp_path, **odd).out)
+    path = tmp_path / "final_model.int8.ptz"
+    alone = EVAL_ARTIFACT | {"TRAIN_SEQ_LEN": "128", "EVAL": "flat", "MODEL_PATH": str(path)}
+    ended = run_here(tmp_path / "alone", **alone)
+    assert read_scores(ended.out) == score and "holds none" not in ended.out
+    ended = run_here(tmp_path / "other", **alone, ROPE_BASE="10000")
+    said = "it was made with ROPE_BASE=500000.0, the environment says 10000.0; unset ROPE_BASE"
+    assert ended.returncode == 1 and said in ended.err
+    model = tmp_path / "other.model"
+    model.write_bytes((CONFORMANCE / "tokenizer.model").read_bytes() + b"\x98\x06\1")
+    ended = run_here(tmp_path / "words", **alone, TOKENIZER_PATH=str(model))
+    assert ended.returncode == 1
+    assert re.match(f"error: TOKENIZER_PATH={model}: .* expected that of {path}; ", ended.err)
+    weights = alone | {"MODEL_PATH": str(path.with_name("final_model.pt"))}
+    ended = run_here(tmp_path / "weights", **weights)
+    assert "final_model.pt holds none; the environment's hold\n" in ended.out
+    assert read_scores(ended.out) != score
+
+
+def test_an_artifact_that_was_replaced_is_not_scored(run_here, tmp_path, monkeypatch):
+    """Another run in the same folder exports while this one validates."""
+
+    def evaluate(*arguments, evaluate=tg.evaluate):
+        (tmp_path / "final_model.int8.ptz").write_bytes(b"another run's")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(tg, "evaluate", evaluate)
+    ended = run_here(tmp_path, EVAL="flat")
+    assert ended.returncode == 1 and "another program replaced it" in ended.err
+    assert "ladder" not in ended.out
+
+
+def test_the_full_set_is_known_and_a_closed_stderr_survived(run_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "FULL_VALIDATION", (30, 13_689))
+    monkeypatch.setattr(sys, "stderr", None)
+    ended = run_here(tmp_path, **EVAL_ARTIFACT, EVAL="flat", MAX_VAL_DOCS=None)
+    assert ended.returncode == 0
+    assert "\nvalidation: full FineWeb (30 documents, 13,689 tokens)\n" in ended.out
+
+
 def test_two_ranks_round_an_unusual_model_to_its_budget(tmp_path):
     """No skip weights, a head of its own, a document for one rank only; stopped by rank 0's clock.
 
@@ -249,7 +295,7 @@ def test_text_before_the_first_document_is_accounted_for(run_here, tmp_path):
     settings = {"EVAL": "flat,doc", "DATA_PATH": str(tmp_path), "MAX_VAL_DOCS": None}
     text = run_here(tmp_path, **EVAL_ARTIFACT, **settings).out
     documents = (stream == 1).sum()
-    assert f"\nval_documents:{documents} predictions:{2800 - lead}\n" in text
+    assert f"({documents} documents, {2801:,} tokens)\n" in text
     covered = {"flat": "scored_once:2560 before_first_bos:0 after_last_row:240"}
     covered["doc"] = f"scored_once:{2800 - lead} before_first_bos:{lead} after_last_row:0"
     for name, counts in covered.items():

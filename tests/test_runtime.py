@@ -82,7 +82,9 @@ def test_an_unwritable_out_dir_is_refused(tmp_path):
     (tmp_path / "file").touch()
     done = run_forked(tmp_path, 2, OUT_DIR=str(tmp_path / "file/inner"))
     assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch("error: rank 0: .*Not a directory.*\n", done.stderr)
+    assert re.fullmatch(
+        f"error: rank 0: OUT_DIR={tmp_path}/file/inner: .*Not a directory.*\n", done.stderr
+    )
 
 
 # What two ranks compute together, in place of a run.

@@ -26,7 +26,9 @@ TOKENS = random_tokens(5000)
 
 def make_trainer(rt, tokens=TOKENS, **settings):
     model = tiny_model(tiny_config(**settings), rt)
-    return tg.Trainer(model, tg.TokenStream([tokens]), rt, tg.RunLog(run_id="test"), {})
+    return tg.Trainer(
+        model, tg.TokenStream([tokens], model.cfg.vocab_size), rt, tg.RunLog(run_id="test"), {}
+    )
 
 
 def take_steps(trainer, count):
@@ -47,7 +49,7 @@ def test_ten_golden_steps(rt):
     env = {name: str(value) for name, value in GOLDEN["env"].items()}
     env |= {"PRESET": "baseline", "DEVICE": "cpu", "DTYPE": "float32"}
     model = tg.load_model(CONFORMANCE / "init.pt", tg.read_config(env))
-    stream = tg.TokenStream(tg.open_shards(str(CONFORMANCE), "train"))
+    stream = tg.TokenStream(tg.open_shards(str(CONFORMANCE), "train"), 1024)
     losses = take_steps(tg.Trainer(model, stream, rt, tg.RunLog(), {}), 10)
     assert losses == pytest.approx(GOLDEN["train_loss"], abs=GOLDEN["tolerance"])
 
@@ -127,6 +129,7 @@ def train(rt, monkeypatch, tmp_path, capsys):
     def run(**settings):
         trainer = make_trainer(rt, out_dir=str(tmp_path), **settings)
         tg.train(trainer, clock.validate)
+        run.stream = trainer.stream
         return trainer.step, capsys.readouterr().out.splitlines()
 
     return run
@@ -145,15 +148,24 @@ def test_log_lines_to_the_character(train):
 
 def test_the_wall_clock_cap_stops_and_says_so(train):
     brief = {"compile": "0", "val_loss_every": 0, "train_log_every": 0}
-    stopped = "stopping_early: wallclock_cap train_time:6000ms step:5/1000"
-    assert train(max_wallclock_seconds=5.0, iterations=1000, **brief) == (5, [stopped])
+    steps, lines = train(
+        max_wallclock_seconds=6.0, calibration_seconds=1.0, iterations=1000, **brief
+    )
+    assert steps == 5
+    assert train.stream.deadline == 7.0  # six seconds after the first reading, which said 1
+    assert lines[0] == "stopping_early: wallclock_cap train_time:6000ms step:5/1000"
+    assert re.fullmatch(
+        r"train_tokens:1290 of:5000 tokens_per_second:215 peak_memory:\d+MB", lines[1]
+    )
 
 
 def test_every_rank_follows_rank_0_s_clock(rt, monkeypatch):
     """Half of the cap is over by rank 0's clock, whatever this rank's own says."""
     second = replace(rt, rank=1)
     monkeypatch.setattr(second, "maximum", lambda mine, number: [mine + 5000.0, number + 15])
-    trainer = make_trainer(second, max_wallclock_seconds=10.0, warmdown_iters=100)
+    trainer = make_trainer(
+        second, max_wallclock_seconds=12.0, calibration_seconds=2.0, warmdown_iters=100
+    )
     trainer.train_step()
     trainer.tick(now=123.0)
     assert (trainer.progress, trainer.stop_signal) == (0.5, 15)
@@ -188,11 +200,20 @@ def test_compiled_and_eager_training_agree(rt, capsys):
     """Two layers have a skip connection. The steps compile nothing more, and evaluations run eager."""
     eager = make_trainer(rt, num_layers=2)
     compiled = make_trainer(rt, num_layers=2, compile="1")
-    compiled.compile_forward()
+    compiled.warm_up()
     with torch._dynamo.config.patch(error_on_recompile=True):
         losses = take_steps(compiled, 3)
     assert losses == pytest.approx(take_steps(eager, 3), abs=1e-4)
     assert re.fullmatch(r"compile:started\ncompile:done time:\S+s\n", capsys.readouterr().out)
+
+
+def test_no_text_is_read_before_the_clock_starts(rt, monkeypatch):
+    trainer = make_trainer(rt, warmup_steps=2, compile="1")
+    text = trainer.stream
+    monkeypatch.setattr(text, "read", None)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: lambda *batch: model(*batch))
+    trainer.warm_up()
+    assert trainer.stream is text and text.position == 0
 
 
 def test_a_failing_compiler_is_announced_and_survived(rt, capsys):
