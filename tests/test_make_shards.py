@@ -188,7 +188,7 @@ def test_tokenizer_never_sees_validation_text(made, texts, tmp_path, tokenizer):
     val = set(read_documents(made, "val"))
     is_val = [tokenizer.normalize(text).replace("▁", " ") in val for text in texts]
     pairs = zip(texts, is_val, strict=True)
-    other_val = ["zz qq " * 40 if inside else text for text, inside in pairs]
+    other_val = [f"zz {text[:9]} " * 40 if inside else text for text, inside in pairs]
     build(write_jsonl(tmp_path / "docs.jsonl", other_val), tmp_path / "val")
     before, after = folder_bytes(made), folder_bytes(tmp_path / "val")
     assert before["fineweb_val_000000.bin"] != after["fineweb_val_000000.bin"]
@@ -392,7 +392,7 @@ def test_write_that_fails_half_way_leaves_the_earlier_set(earlier_set, made, tex
     limit = 400_000
     done = run_script(
         "--jsonl",
-        write_jsonl(tmp_path / "docs.jsonl", texts * 20),
+        write_jsonl(tmp_path / "docs.jsonl", [f"{n} {text}" for n in range(20) for text in texts]),
         "--out",
         earlier_set,
         "--tokenizer",
