@@ -274,7 +274,7 @@ def surviving_share(sample: list[np.ndarray], tokenizer: spm.SentencePieceProces
         again = Counter(tokenizer.encode(tokenizer.decode(document.tolist())))
         same += (ids & again).total()
         total += ids.total()
-    return same / max(1, total)
+    return same / total if total else 1.0
 
 
 def check_tokenizer(splits: dict[str, Split], tokenizer: spm.SentencePieceProcessor) -> list[Check]:

@@ -32,6 +32,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -202,8 +203,10 @@ class Source:
 
     def unpack(self, path: Path) -> None:
         """Append the text of a .gz file to `unpacked`, which then stands at its start."""
-        start = self.unpacked.seek(0, os.SEEK_END)
+        self.unpacked.seek(0, os.SEEK_END)
         try:
+            self.unpacked.write(b"\n")  # ends the last line of an earlier file
+            start = self.unpacked.tell()
             with gzip.open(path) as packed:
                 shutil.copyfileobj(packed, self.unpacked)
         except (OSError, EOFError, zlib.error) as error:
@@ -213,14 +216,22 @@ class Source:
             ) from None
         self.unpacked.seek(start)
 
-    def contents(self, source_file: InputFile) -> Iterator[tuple[int, bytes]]:
-        """Offset and bytes of every document of a file, which is unpacked if need be."""
+    def open(self, source_file: InputFile) -> AbstractContextManager[BinaryIO]:
+        """The file, or `unpacked`, which stays open, if that holds its text."""
         if source_file.is_packed:
-            self.unpack(source_file.path)
-            yield from source_file.read(self.unpacked)
-        else:
-            with open(source_file.path, "rb") as file:
-                yield from source_file.read(file)
+            return nullcontext(self.unpacked)
+        return open(source_file.path, "rb")
+
+    def contents(self) -> Iterator[tuple[int, str, int, bytes]]:
+        """Every document: number of its file, its place in words, its offset and its bytes."""
+        for number, source_file in enumerate(self.files):
+            path = source_file.path
+            if source_file.is_packed:
+                self.unpack(path)
+            with self.open(source_file) as file:
+                for line, (offset, content) in enumerate(source_file.read(file), start=1):
+                    place = path if source_file.is_document else f"{path}: line {line}"
+                    yield number, str(place), offset, content
 
     def texts(self, rows: np.ndarray) -> Iterator[str]:
         """The documents with these row numbers, in this order.
@@ -230,17 +241,10 @@ class Source:
         """
         for number, offset in zip(self.numbers[rows], self.offsets[rows], strict=True):
             source_file = self.files[number]
-            if source_file.is_packed:
-                yield self.text_at(source_file, self.unpacked, offset)
-            else:
-                with open(source_file.path, "rb") as file:
-                    yield self.text_at(source_file, file, offset)
-
-    def text_at(self, source_file: InputFile, file: BinaryIO, offset: int) -> str:
-        """The text of the document that starts at this offset of the open file."""
-        file.seek(offset)
-        _, content = next(source_file.read(file))
-        return source_file.text(content, self.text_key)
+            with self.open(source_file) as file:
+                file.seek(offset)
+                _, content = next(source_file.read(file))
+            yield source_file.text(content, self.text_key)
 
 
 def list_files(path: Path) -> list[InputFile]:
@@ -328,20 +332,19 @@ def index_documents(
     hasher = hashlib.sha256()
     sizes = [source_file.path.stat().st_size for source_file in source.files]
     total = None if any(source_file.is_packed for source_file in source.files) else sum(sizes)
-    bar = tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=None)
-    for number, source_file in enumerate(source.files):
-        for line, (offset, content) in enumerate(source.contents(source_file), start=1):
+    with tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+        for number, place, offset, content in source.contents():
             hasher.update(content)
             source.bytes_read += len(content)
             bar.update(len(content))
+            source_file = source.files[number]
             if not content.strip() and not source_file.is_document:
                 source.left_out["blank_lines"] += 1
                 continue
             try:
                 text = source_file.text(content, text_key)
             except ValueError as error:
-                place = "" if source_file.is_document else f" line {line}:"
-                raise ValueError(f"{source_file.path}:{place} {error}") from None
+                raise ValueError(f"{place}: {error}") from None
             digest = text_digest(text, normalize)
             if digest is None:
                 source.left_out["empty_documents"] += 1
@@ -349,7 +352,6 @@ def index_documents(
             numbers.append(number)
             offsets.append(offset)
             digests.append(digest)
-    bar.close()
     source.sha256 = hasher.hexdigest()
     _, first = np.unique(np.array(digests), return_index=True)
     first.sort()
@@ -667,8 +669,9 @@ def build_set(
     write_file(build / "tokenizer.model", proto)
     text_bytes = {}
     for name, chosen in rows.items():
-        texts = tqdm(source.texts(chosen), f"encoding {name}", len(chosen), disable=None)
-        text_bytes[name] = write_split(tokenizer, texts, ShardWriter(build, name))
+        texts = source.texts(chosen)
+        with tqdm(texts, f"encoding {name}", len(chosen), disable=None) as shown_texts:
+            text_bytes[name] = write_split(tokenizer, shown_texts, ShardWriter(build, name))
     splits, checks = check_set(build, tokenizer)
     for check in checks:
         if check.verdict == "WRONG":

@@ -79,8 +79,9 @@ def test_a_folder_gives_the_set_of_one_file_without_doubles(tmp_path, capsys, mo
     (folder / "deep").mkdir(parents=True)
     (folder / "a.txt").write_text(TEXTS[0])
     (folder / "deep" / "b.md").write_text(TEXTS[1] + "\n")
-    packed = write_jsonl(tmp_path / "c.jsonl", [*TEXTS[2:], TEXTS[0], TEXTS[5]], "body")
-    (folder / "deep" / "c.jsonl.gz").write_bytes(gzip.compress(packed.read_bytes()))
+    lines = write_jsonl(tmp_path / "c.jsonl", [TEXTS[0], *TEXTS[2:]], "body").read_bytes()
+    for name in ("c.jsonl.gz", "d.jsonl.gz"):
+        (folder / "deep" / name).write_bytes(gzip.compress(lines.strip()))
     one = write_jsonl(tmp_path / "one.jsonl", TEXTS)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert make_set(one, tmp_path / "one", "--vocab-size", 330) == 0
@@ -91,7 +92,7 @@ def test_a_folder_gives_the_set_of_one_file_without_doubles(tmp_path, capsys, mo
         assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     out, err = capsys.readouterr()
     assert f"{tmp_path / 'set'}: complete in" in out
-    assert "dropped 2 exact doubles" in out
+    assert "dropped 30 exact doubles" in out
     assert "encoding train" in err
     assert check_shards.main([str(tmp_path / "set")]) == 0
 
