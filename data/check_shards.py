@@ -286,7 +286,9 @@ def check_tokenizer(splits: dict[str, Split], tokenizer: spm.SentencePieceProces
     )
     miscounted = miscounted_documents(sample, tokenizer)
     wrong = f"{miscounted} documents decode to another number of bytes" if miscounted else ""
+    silent = [name for name, split in splits.items() if split.shards and split.text_bytes == 0]
     checks = [
+        judge("text", silent, "in every split"),
         judge("round trip", lossy, f"{share:.2%} of the ids of {len(sample)} documents come back"),
         judge("byte counts", wrong, "those of the decoded text"),
     ]

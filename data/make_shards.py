@@ -670,8 +670,9 @@ def build_set(
     text_bytes = {}
     for name, chosen in rows.items():
         texts = source.texts(chosen)
-        with tqdm(texts, f"encoding {name}", len(chosen), disable=None) as shown_texts:
-            text_bytes[name] = write_split(tokenizer, shown_texts, ShardWriter(build, name))
+        label = f"encoding {name}"
+        with tqdm(texts, label, len(chosen), unit=" documents", disable=None) as shown:
+            text_bytes[name] = write_split(tokenizer, shown, ShardWriter(build, name))
     splits, checks = check_set(build, tokenizer)
     for check in checks:
         if check.verdict == "WRONG":
