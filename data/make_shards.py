@@ -49,9 +49,9 @@ from check_shards import (
     check_set,
     open_tokenizer,
     print_report,
+    progress,
     shard_token_count,
 )
-from tqdm import tqdm
 
 SHARD_TOKENS = 100_000_000  # a shard of 200 MB, the size of the published ones
 MAX_VOCAB = 2**16  # ids are stored in 16 bits
@@ -332,7 +332,7 @@ def index_documents(
     hasher = hashlib.sha256()
     sizes = [source_file.path.stat().st_size for source_file in source.files]
     total = None if any(source_file.is_packed for source_file in source.files) else sum(sizes)
-    with tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+    with progress("reading", total, unit="B", unit_scale=True) as bar:
         for number, place, offset, content in source.contents():
             hasher.update(content)
             source.bytes_read += len(content)
@@ -671,7 +671,7 @@ def build_set(
     for name, chosen in rows.items():
         texts = source.texts(chosen)
         label = f"encoding {name}"
-        with tqdm(texts, label, len(chosen), unit=" documents", disable=None) as shown:
+        with progress(label, len(chosen), iterable=texts, unit=" documents") as shown:
             text_bytes[name] = write_split(tokenizer, shown, ShardWriter(build, name))
     splits, checks = check_set(build, tokenizer)
     for check in checks:
