@@ -8,6 +8,15 @@ SMALL := tests/conformance
 GPUS ?= 8
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone
 
+# Before .venv is made, since pip would first say so after minutes, and about one package.
+define CHECK_VERSION
+import sys
+found = "%d.%d" % sys.version_info[:2]
+if sys.version_info < (3, 11):
+    sys.exit("error: PYTHON=$(PYTHON): found Python " + found + "; expected 3.11 or newer; give one: make PYTHON=python3.11")
+endef
+export CHECK_VERSION
+
 .PHONY: quick demo test lint fineweb train clean
 .DELETE_ON_ERROR:
 
@@ -45,10 +54,11 @@ $(DEMO)/docs.jsonl: data/demo_corpus.py | $(VENV)/runtime
 	mkdir -p $(DEMO)
 	$(BIN)/python data/demo_corpus.py --out $@
 
-$(DEMO)/manifest.json: $(DEMO)/docs.jsonl data/make_shards.py | $(VENV)/runtime
-	$(BIN)/python data/make_shards.py --jsonl $< --out $(DEMO) --val-docs 64
+$(DEMO)/manifest.json: $(DEMO)/docs.jsonl data/make_shards.py data/check_shards.py | $(VENV)/runtime
+	$(BIN)/python data/make_shards.py --input $< --out $(DEMO) --val-docs 64
 
 $(VENV)/runtime: requirements.txt
+	test -x $(BIN)/pip || $(PYTHON) -c "$$CHECK_VERSION"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@

@@ -14,6 +14,9 @@ Run it again after any failure. What is whole on disk is not fetched again, and 
 off continues where it stopped: it grows as NAME.part and gets its name only once its bytes are
 known to be the published ones, so a trainer that reads fineweb_train_*.bin never meets half a
 shard. HF_ENDPOINT and HF_TOKEN work as in every program that uses the hub.
+
+Two variables choose another dataset repo of the same layout, as for the published downloader:
+MATCHED_FINEWEB_REPO_ID, and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX, the folder of manifest.json there.
 """
 
 import argparse
@@ -25,22 +28,18 @@ import sys
 import time
 from pathlib import Path, PurePosixPath
 
+from check_shards import shard_token_count
 from huggingface_hub import RepoFile, get_hf_file_metadata, get_paths_info, hf_hub_url
 from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-)  # HTTPError: whatever can go wrong on the wire
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.sha import git_hash
-from make_shards import shard_token_count
 
-REPO, ROOT = (
-    "willdepueoai/parameter-golf",
-    "datasets",
-)  # ROOT/NAME in the repo becomes OUT/NAME here
+REPO = os.environ.get("MATCHED_FINEWEB_REPO_ID", "willdepueoai/parameter-golf")
+# ROOT/NAME in the repo becomes OUT/NAME here; the root of the repo itself is "".
+ROOT = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
 MANIFEST = "manifest.json"
 # Per file; within an attempt the client reconnects up to five times in a row without progress.
 ATTEMPTS = 3
@@ -62,15 +61,31 @@ def files_of_variant(manifest: dict, variant: str, train_shards: int) -> list[st
         raise ValueError(
             f"--train-shards {train_shards}: {variant} has only {stats['files_train']} train shards"
         )
-    tokenizer = {entry["name"]: entry for entry in manifest["tokenizers"]}[
-        dataset["tokenizer_name"]
-    ]
-    names = [tokenizer["model_path"], tokenizer["vocab_path"]]
+    tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
+    names = tokenizer_files(tokenizers[dataset["tokenizer_name"]], variant)
     for split, count in (("val", stats["files_val"]), ("train", train_shards)):
         names += [f"datasets/{dataset['name']}/fineweb_{split}_{i:06d}.bin" for i in range(count)]
     for name in names:
         refuse_outside(name)
     return names
+
+
+def tokenizer_files(entry: dict, variant: str) -> list[str]:
+    """The files of a tokenizer entry; published manifests name them by one key or another."""
+    keys = ("model_path", "vocab_path", "path")
+    names = list(dict.fromkeys(entry[key] for key in keys if entry.get(key) is not None))
+    if not any(PurePosixPath(name).suffix == ".model" for name in names):
+        found = ", ".join(names) or "no file"
+        raise ValueError(
+            f"--variant {variant}: found a tokenizer with {found}; expected a SentencePiece .model,"
+            " which train_gpt.py reads; choose another variant"
+        )
+    return names
+
+
+def remote_path(name: str) -> str:
+    """Where the repo keeps a file."""
+    return f"{ROOT}/{name}".lstrip("/")
 
 
 def refuse_outside(name: str) -> None:
@@ -85,14 +100,14 @@ def refuse_outside(name: str) -> None:
 
 def look_up(names: list[str], revision: str) -> dict[str, RepoFile]:
     """Size and content hash of each file at that revision, from one request for all of them."""
-    paths = [f"{ROOT}/{name}" for name in names]
-    found = get_paths_info(REPO, paths, revision=revision, repo_type="dataset")
-    remote = {
-        info.path.removeprefix(f"{ROOT}/"): info for info in found if isinstance(info, RepoFile)
-    }
-    if missing := [name for name in names if name not in remote]:
+    paths = {remote_path(name): name for name in names}
+    found = get_paths_info(REPO, list(paths), revision=revision, repo_type="dataset")
+    files = [info for info in found if isinstance(info, RepoFile)]
+    remote = {paths[info.path]: info for info in files if info.path in paths}
+    missing = [name for name in names if name not in remote]
+    if missing:
         raise ValueError(
-            f"{ENDPOINT} has no {ROOT}/{missing[0]} in {REPO}"
+            f"{ENDPOINT} has no {remote_path(missing[0])} in {REPO}"
             f" ({len(missing)} of {len(names)} missing)"
         )
     return remote
@@ -142,17 +157,12 @@ def transfer(partial: Path, remote: RepoFile, revision: str, label: str) -> None
     """
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("ab") as file:
-        if (
-            file.tell() < remote.size
-        ):  # otherwise nothing is lacking, and verify says whether the bytes are right
+        here = file.tell()
+        # Otherwise nothing is lacking, and verify says whether the bytes are right.
+        if here < remote.size:
             url = hf_hub_url(REPO, remote.path, revision=revision, repo_type="dataset")
-            http_get(
-                url,
-                file,
-                resume_size=file.tell(),
-                headers=build_hf_headers(),
-                displayed_filename=label,
-            )
+            headers = build_hf_headers()
+            http_get(url, file, resume_size=here, headers=headers, displayed_filename=label)
 
 
 def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
@@ -172,7 +182,11 @@ def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
                 raise
             os.replace(partial, target)  # same folder, hence same filesystem, hence all or nothing
             return
-        except (ValueError, OSError, HTTPError) as error:
+        except (
+            ValueError,
+            OSError,
+            HTTPError,
+        ) as error:  # HTTPError: whatever goes wrong on the wire
             if attempt == ATTEMPTS:
                 raise ValueError(
                     f"{remote.path}: {describe(error)} ({ATTEMPTS} attempts)"
@@ -188,10 +202,9 @@ def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
 
 def fetch_manifest(out: Path) -> str:
     """Bring the current manifest here; return its commit, from which all other files come, too."""
-    url = hf_hub_url(REPO, f"{ROOT}/{MANIFEST}", repo_type="dataset")
-    revision = get_hf_file_metadata(
-        url
-    ).commit_hash  # also the request that finds out, in bounded time, who answers
+    url = hf_hub_url(REPO, remote_path(MANIFEST), repo_type="dataset")
+    # Also the request that finds out, in bounded time, who answers.
+    revision = get_hf_file_metadata(url).commit_hash
     if revision is None:  # a login page of some network, for example
         raise ValueError(
             f"{ENDPOINT} does not answer like a hub; check HF_ENDPOINT and the proxy settings"

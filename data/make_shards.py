@@ -1,36 +1,59 @@
-"""Turn a JSONL file of {"text": ...} documents into a tokenizer and shards for train_gpt.py.
+"""Turn documents into a tokenizer and shards for train_gpt.py.
 
-    python data/make_shards.py --jsonl docs.jsonl --out data/mine --val-docs 1000
+    python data/make_shards.py --input docs.jsonl --out data/mine --val-docs 1000
+    python data/make_shards.py --input docs.jsonl.gz --text-key content --out data/mine
+    python data/make_shards.py --input folder/ --out data/mine
     T=data/tokenizers/fineweb_1024_bpe.model
-    python data/make_shards.py --jsonl docs.jsonl --out data/mine --tokenizer $T
+    python data/make_shards.py --input docs.jsonl --out data/mine --tokenizer $T
 
-Documents are shuffled with a seed; the first --val-docs of them are validation, the rest is
-training text. Each one becomes BOS + pieces. Only an index of line offsets is kept in memory (8
-bytes a document), and long documents are encoded in parts, so neither a 100 GB file nor a 50 MB
-line needs more than a few hundred MB.
+A JSONL file holds one {"text": ...} a line; a folder holds such files (.jsonl, .jsonl.gz) and
+documents of their own (.txt, .md), at any depth. Exact doubles are dropped. The rest is shuffled
+with a seed; the first --val-docs documents are validation, the others training text. Each one
+becomes BOS + pieces. Only an index is kept in memory (20 bytes a document), and long documents are
+encoded in parts, so neither a 100 GB file nor a 50 MB line needs more than a few hundred MB.
 
-A set appears as a whole or not at all: it is built in a hidden folder inside --out and moved into
-place at the end, manifest.json last. data/README.md describes the formats.
+A set appears as a whole or not at all: it is built in a hidden folder inside --out, checked as
+check_shards.py does, and moved into place at the end, manifest.json last. data/README.md describes
+the formats.
 """
 
 import argparse
+import gzip
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
+from check_shards import (
+    HEADER_INTS,
+    MAGIC,
+    SHARD_NAME,
+    VERSION,
+    Check,
+    Split,
+    check_set,
+    open_tokenizer,
+    print_report,
+    progress,
+    shard_token_count,
+)
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # a shard of 200 MB, the size of the published ones
-SHARD_NAME = re.compile(r"fineweb_(train|val)_\d{6}\.bin")
 MAX_VOCAB = 2**16  # ids are stored in 16 bits
 
 # The settings of the published tokenizer. Splitting digits keeps numbers of any length readable
@@ -52,45 +75,25 @@ TOKENIZER_SETTINGS = {
     "minloglevel": 2,  # errors come as exceptions: hundreds of log lines would only hide them
 }
 DEFAULT_VOCAB = 1024
-SAMPLE_BYTES = (
-    32_000_000  # training text shown to the tokenizer; more changes hardly a merge and costs memory
+# Training text shown to the tokenizer; more changes hardly a merge and costs memory.
+SAMPLE_BYTES = 32_000_000
+# How the published tokenizer, and one that is made here, sees a text: spaces come as `▁`.
+PUBLISHED = spm.SentencePieceNormalizer(
+    rule_name=TOKENIZER_SETTINGS["normalization_rule_name"],
+    add_dummy_prefix=False,
+    escape_whitespaces=True,
+    remove_extra_whitespaces=True,
 )
-# What the tokenizer reduces to nothing, besides the control characters and blanks that
-# str.isprintable() knows.
-VANISHING = " \u2581\ufffd"
 
 # Encoding takes up to 100 bytes of memory a character, so that long documents are cut (at one of
 # these blanks) and short ones handed over in batches, which SentencePiece spreads over all cores.
-PART_CHARS, BATCH_CHARS, BLANKS = 1_000_000, 4_000_000, " \n"
-EXPECTED_LINE = 'expected a JSON object {"text": "..."} on every line; fix or remove this line'
+PART_CHARS = 1_000_000
+BATCH_CHARS = 4_000_000
+BLANKS = " \n"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".md")  # what a folder may hold; the rest is not read
 
 
 # --- Shards ---------------------------------------------------------------------------------------
-
-
-def shard_token_count(path: str | Path) -> int:
-    """Number of tokens that the shard's header promises and its file holds.
-
-    A file that was cut short would otherwise train on less data than its log says, so size and
-    header must agree.
-    """
-    path, header_bytes = Path(path), 4 * HEADER_INTS
-    size = path.stat().st_size
-    remedy = "make or download this shard again"
-    if size < header_bytes:
-        raise ValueError(
-            f"{path}: found {size} bytes; expected a header of {header_bytes} bytes; {remedy}"
-        )
-    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if (magic, version) != (MAGIC, VERSION):
-        found = f"found magic {magic} and version {version}; expected {MAGIC} and {VERSION}"
-        raise ValueError(f"{path}: {found}; {remedy}")
-    if count < 1 or size != header_bytes + 2 * count:
-        found = f"found {size} bytes and {count} tokens in the header"
-        raise ValueError(
-            f"{path}: {found}; expected {header_bytes} + 2 bytes a token, at least one; {remedy}"
-        )
-    return count
 
 
 class ShardWriter:
@@ -100,8 +103,11 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, split: str):
-        self.folder, self.split = folder, split
-        self.file, self.shards, self.count = None, 0, 0
+        self.folder = folder
+        self.split = split
+        self.file = None
+        self.shards = 0
+        self.count = 0
 
     def write(self, ids: np.ndarray) -> None:
         """Append ids (any integer type, all below 65536), starting new shards as they fill."""
@@ -110,7 +116,8 @@ class ShardWriter:
                 path = self.folder / f"fineweb_{self.split}_{self.shards:06d}.bin"
                 self.file = path.open("wb")
                 self.file.write(bytes(4 * HEADER_INTS))
-                self.shards, self.count = self.shards + 1, 0
+                self.shards += 1
+                self.count = 0
             room = SHARD_TOKENS - self.count
             # Little-endian by name, so that a set made anywhere can be read anywhere.
             self.file.write(ids[:room].astype("<u2").tobytes())
@@ -141,90 +148,217 @@ def sync_and_close(file) -> None:
 # --- Documents ------------------------------------------------------------------------------------
 
 
+class InputFile(NamedTuple):
+    """A file of the input."""
+
+    path: Path
+    is_document: bool  # one document, as plain text; otherwise JSONL
+
+    @property
+    def is_packed(self) -> bool:
+        return self.path.suffix == ".gz"
+
+    def read(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        """Where each document starts in the open file, from its position on, and its bytes."""
+        offset = file.tell()
+        if self.is_document:
+            yield offset, file.read()
+            return
+        for line in file:
+            yield offset, line
+            offset += len(line)
+
+    def text(self, content: bytes, text_key: str) -> str:
+        """The text of a document that `read` gave. ValueError says what is wrong with it."""
+        if self.is_document:
+            return plain_text(content)
+        return document_text(content, text_key)
+
+
 @dataclass
 class Source:
-    """Where the documents of a JSONL file start, and what was left out of them.
+    """Where the documents of the input start, and what was left out of them.
 
-    The texts stay in the file: a shuffled order is read by seeking, so that memory grows with the
-    number of documents (8 bytes each) and not with their length.
+    The texts stay in their files: a shuffled order is read by seeking, so that memory grows with
+    the number of documents and not with their length. What is compressed cannot be read so: it is
+    unpacked into one file without a name, which goes when the program ends.
     """
 
     path: Path
-    offsets: np.ndarray
-    sha256: str
-    blank_lines: int
-    empty_documents: int
+    text_key: str
+    files: list[InputFile]
+    numbers: np.ndarray = None  # (documents,) int32, which of the files
+    offsets: np.ndarray = None  # (documents,) int64
+    bytes_read: int = 0
+    sha256: str = ""
+    left_out: Counter = field(default_factory=Counter)
+    unpacked: BinaryIO = field(default_factory=tempfile.TemporaryFile)
 
     def facts(self) -> dict:
         """What the manifest says about the source; no path: equal runs have equal manifests."""
-        facts = {"name": self.path.name, "bytes": self.path.stat().st_size, "sha256": self.sha256}
-        return facts | {"blank_lines": self.blank_lines, "empty_documents": self.empty_documents}
+        facts = {"name": self.path.name, "files": len(self.files), "bytes": self.bytes_read}
+        facts["sha256"] = self.sha256
+        left_out = ("blank_lines", "empty_documents", "doubles")
+        return facts | {reason: self.left_out[reason] for reason in left_out}
+
+    def unpack(self, path: Path) -> None:
+        """Append the text of a .gz file to `unpacked`, which then stands at its start."""
+        self.unpacked.seek(0, os.SEEK_END)
+        try:
+            self.unpacked.write(b"\n")  # ends the last line of an earlier file
+            start = self.unpacked.tell()
+            with gzip.open(path) as packed:
+                shutil.copyfileobj(packed, self.unpacked)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{path}: found that it cannot be unpacked ({error}); expected a whole .gz file and"
+                f" room for its text in {tempfile.gettempdir()}; fetch it again, or set TMPDIR"
+            ) from None
+        self.unpacked.seek(start)
+
+    def open(self, source_file: InputFile) -> AbstractContextManager[BinaryIO]:
+        """The file, or `unpacked`, which stays open, if that holds its text."""
+        if source_file.is_packed:
+            return nullcontext(self.unpacked)
+        return open(source_file.path, "rb")
+
+    def contents(self) -> Iterator[tuple[int, str, int, bytes]]:
+        """Every document: number of its file, its place in words, its offset and its bytes."""
+        for number, source_file in enumerate(self.files):
+            path = source_file.path
+            if source_file.is_packed:
+                self.unpack(path)
+            with self.open(source_file) as file:
+                for line, (offset, content) in enumerate(source_file.read(file), start=1):
+                    place = path if source_file.is_document else f"{path}: line {line}"
+                    yield number, str(place), offset, content
 
     def texts(self, rows: np.ndarray) -> Iterator[str]:
         """The documents with these row numbers, in this order.
 
-        Each line is parsed a second time; that costs little beside its encoding, and nothing has to
-        be kept.
+        Each is parsed a second time; that costs little beside its encoding, and nothing has to be
+        kept.
         """
-        with open(self.path, "rb") as file:
-            for offset in self.offsets[rows]:
+        for number, offset in zip(self.numbers[rows], self.offsets[rows], strict=True):
+            source_file = self.files[number]
+            with self.open(source_file) as file:
                 file.seek(offset)
-                yield document_text(file.readline())
+                _, content = next(source_file.read(file))
+            yield source_file.text(content, self.text_key)
 
 
-def document_text(line: bytes) -> str:
+def list_files(path: Path) -> list[InputFile]:
+    """The file itself, as JSONL; of a folder, every file of a known kind that is not hidden."""
+    if not path.is_dir():
+        return [InputFile(path, is_document=False)]
+    names = sorted(found.relative_to(path) for found in path.rglob("*") if found.is_file())
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    names = [name for name in names if name.name.endswith(SUFFIXES)]
+    if not names:
+        raise ValueError(
+            f"{path}: found no documents; expected files that end in {', '.join(SUFFIXES)};"
+            " give another folder"
+        )
+    return [InputFile(path / name, name.suffix in (".txt", ".md")) for name in names]
+
+
+def plain_text(content: bytes) -> str:
+    """The text of a file that is one document."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"found no UTF-8 ({error.reason} at byte {error.start}); expected text in UTF-8;"
+            " convert this file or take it away"
+        ) from None
+
+
+def document_text(line: bytes, text_key: str = "text") -> str:
     """The text of one JSONL line; ValueError says what is wrong with it, the caller where it is.
 
     Nothing is repaired or skipped: a corpus that is not what its maker thinks should be noticed
     now. Other entries of the object are allowed, as most corpora carry a source or a date.
     """
+    entry = json.dumps(text_key)
+    expected = f'expected a JSON object {{{entry}: "..."}} on every line'
+    remedy = f"{expected}; fix or remove this line, or give another --text-key"
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"found invalid JSON ({error}); {EXPECTED_LINE}") from None
-    if not isinstance(record, dict) or "text" not in record:
-        raise ValueError(f'found JSON without a "text" entry; {EXPECTED_LINE}')
-    if not isinstance(record["text"], str):
-        raise ValueError(f'found a "text" of type {type(record["text"]).__name__}; {EXPECTED_LINE}')
+        raise ValueError(f"found invalid JSON ({error}); {remedy}") from None
+    if not isinstance(record, dict) or text_key not in record:
+        raise ValueError(f"found JSON without a {entry} entry; {remedy}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise ValueError(f"found a {entry} of type {type(text).__name__}; {remedy}")
     try:
-        record["text"].encode(
-            "utf-8"
-        )  # "\\ud800" is valid JSON but no character; SentencePiece would fail on it
+        # "\\ud800" is valid JSON but no character; SentencePiece would fail on it.
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        half = record["text"][error.start]
-        raise ValueError(f"found {half!r}, one half of a surrogate pair; {EXPECTED_LINE}") from None
-    return record["text"]
+        half = text[error.start]
+        raise ValueError(f"found {half!r}, one half of a surrogate pair; {remedy}") from None
+    return text
 
 
-def index_documents(path: Path) -> Source:
-    """Check every line and note where its document starts, before any long work begins.
+def text_digest(text: str, normalize: Callable[[str], str]) -> int | None:
+    """64 bits of a hash of the text as the tokenizer sees it; None if it sees nothing to read.
 
-    Blank lines are no documents. Text without one character that the tokenizer keeps (empty,
-    spaces, control codes) is dropped as well: it would be BOS alone, with nothing to predict. The
-    manifest counts both.
+    At 100 million documents two different ones share a digest with a chance of 0.03 %.
     """
-    offsets, digest, blank, empty, offset = [], hashlib.sha256(), 0, 0, 0
-    chunks = [np.zeros(0, dtype=np.int64)]
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            digest.update(line)
+    digest = hashlib.blake2b(digest_size=8)
+    is_empty = True
+    for part in split_long(text):
+        seen = normalize(part)
+        digest.update(seen.encode("utf-8"))
+        if any(c.isprintable() and c != "▁" for c in seen):
+            is_empty = False
+    return None if is_empty else int.from_bytes(digest.digest())
+
+
+def index_documents(
+    path: Path, text_key: str = "text", normalize: Callable[[str], str] = PUBLISHED.normalize
+) -> Source:
+    """Check every document and note where it starts, before any long work begins.
+
+    Blank lines are no documents. Text of which the tokenizer keeps nothing to read (empty, spaces,
+    control codes) is dropped: it would be BOS alone, with nothing to predict. So are exact doubles,
+    texts that are the same for the tokenizer: one of them might validate what another one taught.
+    The manifest counts all three. `normalize` is the tokenizer's.
+    """
+    source = Source(path, text_key, list_files(path))
+    numbers = array("i")
+    offsets = array("q")
+    digests = array("Q")
+    hasher = hashlib.sha256()
+    sizes = [source_file.path.stat().st_size for source_file in source.files]
+    total = None if any(source_file.is_packed for source_file in source.files) else sum(sizes)
+    with progress("reading", total, unit="B", unit_scale=True) as bar:
+        for number, place, offset, content in source.contents():
+            hasher.update(content)
+            source.bytes_read += len(content)
+            bar.update(len(content))
+            source_file = source.files[number]
+            if not content.strip() and not source_file.is_document:
+                source.left_out["blank_lines"] += 1
+                continue
             try:
-                if not line.strip():
-                    blank += 1
-                elif any(c.isprintable() and c not in VANISHING for c in document_text(line)):
-                    offsets.append(offset)
-                else:
-                    empty += 1
+                text = source_file.text(content, text_key)
             except ValueError as error:
-                raise ValueError(f"{path}: line {number}: {error}") from None
-            offset += len(line)
-            if (
-                len(offsets) == 65536
-            ):  # a list of integers takes 5 times the memory of an array: pack it now and then
-                chunks.append(np.array(offsets, dtype=np.int64))
-                offsets = []
-    chunks.append(np.array(offsets, dtype=np.int64))
-    return Source(path, np.concatenate(chunks), digest.hexdigest(), blank, empty)
+                raise ValueError(f"{place}: {error}") from None
+            digest = text_digest(text, normalize)
+            if digest is None:
+                source.left_out["empty_documents"] += 1
+                continue
+            numbers.append(number)
+            offsets.append(offset)
+            digests.append(digest)
+    source.sha256 = hasher.hexdigest()
+    _, first = np.unique(np.array(digests), return_index=True)
+    first.sort()
+    source.left_out["doubles"] = len(digests) - len(first)
+    source.numbers = np.array(numbers)[first]
+    source.offsets = np.array(offsets)[first]
+    return source
 
 
 def split_rows(source: Source, val_docs: int, seed: int) -> dict[str, np.ndarray]:
@@ -235,9 +369,9 @@ def split_rows(source: Source, val_docs: int, seed: int) -> dict[str, np.ndarray
     """
     documents = len(source.offsets)
     if documents == 0:
+        expected = f'lines of {{"{source.text_key}": "..."}}'
         raise ValueError(
-            f'{source.path}: found no documents; expected lines of {{"text": "..."}};'
-            " give another file"
+            f"{source.path}: found no documents; expected {expected}; give another file"
         )
     if not 1 <= val_docs < documents:
         raise ValueError(
@@ -291,24 +425,21 @@ def train_tokenizer(source: Source, rows: np.ndarray, vocab_size: int) -> bytes:
     better than it is.
     """
     model = io.BytesIO()
+    # With a size below 4 it fails before it has counted how many pieces it needs.
+    size = max(vocab_size, 4)
+    sample = training_sample(source, rows)
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=training_sample(source, rows),
-            model_writer=model,
-            vocab_size=max(
-                vocab_size, 4
-            ),  # with less it fails before it has counted how many pieces it needs
-            **TOKENIZER_SETTINGS,
+            sentence_iterator=sample, model_writer=model, vocab_size=size, **TOKENIZER_SETTINGS
         )
     except RuntimeError as error:
+        limit = f"usable text ({error})"
         # "100 vs 346." when the bytes and characters alone need 346, "<= 900." when the text has no
         # more merges.
         bound = re.search(r"(vs|<=) (\d+)\.", str(error))
-        limit = (
-            f"at {'least' if bound[1] == 'vs' else 'most'} {bound[2]}"
-            if bound
-            else f"usable text ({error})"
-        )
+        if bound:
+            direction = "least" if bound[1] == "vs" else "most"
+            limit = f"at {direction} {bound[2]}"
         raise ValueError(
             f"--vocab-size {vocab_size}: found that SentencePiece cannot make it from"
             f" {source.path}; expected {limit}; choose another size"
@@ -318,38 +449,36 @@ def train_tokenizer(source: Source, rows: np.ndarray, vocab_size: int) -> bytes:
 
 def load_tokenizer(proto: bytes, name: str, vocab_size: int | None) -> spm.SentencePieceProcessor:
     """The tokenizer in these bytes, fit for shards; vocab_size None accepts any size."""
-    try:
-        if not proto:  # SentencePiece takes an empty file for a tokenizer without pieces
-            raise RuntimeError
-        tokenizer = spm.SentencePieceProcessor(model_proto=proto)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: found no SentencePiece model; expected a .model file; give another file"
-        ) from None
-    found = f"{name}: found {tokenizer.get_piece_size()} pieces"
-    if vocab_size not in (None, tokenizer.get_piece_size()):
+    tokenizer = open_tokenizer(proto, name)
+    pieces = tokenizer.get_piece_size()
+    found = f"{name}: found {pieces} pieces"
+    if vocab_size not in (None, pieces):
         raise ValueError(f"{found}; expected --vocab-size {vocab_size}; change it or leave it out")
-    if tokenizer.get_piece_size() > MAX_VOCAB:
+    if pieces > MAX_VOCAB:
         raise ValueError(
             f"{found}; expected at most {MAX_VOCAB}, as shards hold 16-bit ids;"
             " use a smaller vocabulary"
         )
-    if tokenizer.bos_id() < 0:
-        raise ValueError(
-            f"{found} but no BOS; expected BOS, which starts every document; use another tokenizer"
-        )
     return tokenizer
 
 
-def piece_bytes(tokenizer: spm.SentencePieceProcessor) -> np.ndarray:
-    """UTF-8 bytes that each id decodes to; control and unknown pieces count 0, as in val_bpb."""
-    table = np.zeros(tokenizer.get_piece_size(), dtype=np.int64)
-    for i in range(len(table)):
-        if tokenizer.is_byte(i):
-            table[i] = 1
-        elif not (tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)):
-            table[i] = len(tokenizer.id_to_piece(i).replace("▁", " ").encode("utf-8"))
-    return table
+def lost_words(
+    tokenizer: spm.SentencePieceProcessor, texts: list[str]
+) -> tuple[Counter[str], Counter[str]]:
+    """All words of the texts, and those that are spelled otherwise after encoding and decoding.
+
+    Shards cannot show that a tokenizer folds case or drops characters: their bytes are those that
+    are left. Both sides are seen as the published tokenizer sees them, so that its folding of white
+    space and ligatures is no loss.
+    """
+    words = Counter()
+    lost = Counter()
+    for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
+        expected = Counter(PUBLISHED.normalize(text).split("▁"))
+        kept = Counter(PUBLISHED.normalize(tokenizer.decode(ids)).split("▁"))
+        words += expected
+        lost += expected - kept
+    return words, lost
 
 
 # --- Writing a set --------------------------------------------------------------------------------
@@ -383,57 +512,67 @@ def encode_parts(tokenizer: spm.SentencePieceProcessor, parts: list[Part]) -> li
     again: the tokenizer drops a blank at the edge of a text, and the document would lose a space
     where we happened to cut it.
     """
-    guard, bos = "x", np.array([tokenizer.bos_id()], dtype=np.int32)
-    guards = [
-        guard if not part.starts_document and part.text[0] in BLANKS else "" for part in parts
-    ]
+    guard = "x"
+    bos = np.array([tokenizer.bos_id()], dtype=np.int32)
     skip = len(tokenizer.encode(guard))
-    encoded = tokenizer.encode(
-        [g + part.text for g, part in zip(guards, parts, strict=True)], return_type="numpy"
-    )
-    return [
-        np.concatenate([bos, ids]) if part.starts_document else ids[skip if g else 0 :]
-        for g, part, ids in zip(guards, parts, encoded, strict=True)
-    ]
+    guarded = [not part.starts_document and part.text[0] in BLANKS for part in parts]
+    texts = []
+    for part, is_guarded in zip(parts, guarded, strict=True):
+        texts.append(guard + part.text if is_guarded else part.text)
+    # As many threads as there are cores; the ids are the same with any number.
+    encoded = tokenizer.encode(texts, return_type="numpy", num_threads=os.cpu_count())
+    pieces = []
+    for part, ids, is_guarded in zip(parts, encoded, guarded, strict=True):
+        if part.starts_document:
+            ids = np.concatenate([bos, ids])
+        pieces.append(ids[skip:] if is_guarded else ids)
+    return pieces
 
 
 def write_split(
     tokenizer: spm.SentencePieceProcessor, texts: Iterable[str], writer: ShardWriter
-) -> dict:
-    """Write every text as BOS + pieces; returns what was written, for the manifest.
+) -> int:
+    """Write every text as BOS + pieces; returns the bytes of the texts in UTF-8."""
+    text_bytes = 0
+    for parts in encoding_batches(texts):
+        for ids in encode_parts(tokenizer, parts):
+            writer.write(ids)
+        text_bytes += sum(len(part.text.encode("utf-8")) for part in parts)
+    writer.close()
+    return text_bytes
 
-    text_bytes counts the JSONL's text, decoded_bytes what the tokens spell: nmt_nfkc folds runs of
+
+def split_facts(split: Split, text_bytes: int) -> dict:
+    """What the manifest says about a split.
+
+    text_bytes counts the input's text, decoded_bytes what the tokens spell: nmt_nfkc folds runs of
     white space, so the second is smaller. It is what val_bpb divides by, and what tokens_per_byte
     refers to.
     """
-    decoded_bytes = piece_bytes(tokenizer)
-    stats = dict.fromkeys(("documents", "tokens", "text_bytes", "decoded_bytes"), 0)
-    for parts in encoding_batches(texts):
-        for part, ids in zip(parts, encode_parts(tokenizer, parts), strict=True):
-            writer.write(ids)
-            stats["documents"] += part.starts_document
-            stats["tokens"] += ids.size
-            stats["text_bytes"] += len(part.text.encode("utf-8"))
-            stats["decoded_bytes"] += int(decoded_bytes[ids].sum())
-    writer.close()
-    return stats | {"tokens_per_byte": round(stats["tokens"] / stats["decoded_bytes"], 6)}
+    return {
+        "documents": len(split.lengths),
+        "tokens": split.tokens,
+        "text_bytes": text_bytes,
+        "decoded_bytes": split.text_bytes,
+        "tokens_per_byte": round(split.tokens / split.text_bytes, 6),
+        "unknown_pieces": split.unknown,
+    }
 
 
 def file_facts(path: Path) -> dict:
     """Size and SHA-256 of a finished file, and the tokens of a shard, which checks the file."""
     with open(path, "rb") as file:
-        facts = {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
-    return facts | ({"tokens": shard_token_count(path)} if SHARD_NAME.fullmatch(path.name) else {})
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = {"bytes": path.stat().st_size, "sha256": digest}
+    if SHARD_NAME.fullmatch(path.name):
+        facts["tokens"] = shard_token_count(path)
+    return facts
 
 
 def refuse_endless(path: Path) -> None:
     """ValueError for a pipe or a device: it might never end, and documents are read twice."""
-    if path.exists() and not (
-        path.is_file() or path.is_dir()
-    ):  # what is absent or a folder fails when it is opened
+    # What is absent fails when it is opened.
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(
             f"{path}: found a pipe or a device; expected a file; write it to one first"
         )
@@ -466,56 +605,95 @@ def write_file(path: Path, content: bytes) -> None:
         sync_and_close(file)
 
 
-def make_shards(
-    jsonl: Path, out: Path, val_docs: int, seed: int, vocab_size: int | None, model: Path | None
-) -> dict:
-    """Put a set for these documents into out; return its manifest. model None trains a tokenizer.
+class MadeSet(NamedTuple):
+    """What `make_shards` has put in place."""
+
+    manifest: dict
+    splits: dict[str, Split]
+    checks: list[Check]
+    lost_words: Counter[str]
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """ValueError for the first option that cannot be."""
+    for path in filter(None, (options.input, options.tokenizer)):
+        refuse_endless(path)
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(
+            f"--seed {options.seed}: found no seed of numpy; expected a number from 0 to {2**32 - 1}"
+        )
+    if options.vocab_size and options.vocab_size > MAX_VOCAB:
+        raise ValueError(
+            f"--vocab-size {options.vocab_size}: found more ids than 16 bits hold;"
+            f" expected at most {MAX_VOCAB}"
+        )
+
+
+def make_shards(options: argparse.Namespace) -> MadeSet:
+    """Put a set for these documents into options.out; see `parse_arguments`.
 
     Everything that a user can get wrong is checked before the first byte is written.
     """
-    for path in filter(None, (jsonl, model)):
-        refuse_endless(path)
-    if not 0 <= seed < 2**32:
-        raise ValueError(
-            f"--seed {seed}: found no seed of numpy; expected a number from 0 to {2**32 - 1}"
-        )
-    if vocab_size and vocab_size > MAX_VOCAB:
-        raise ValueError(
-            f"--vocab-size {vocab_size}: found more ids than 16 bits hold;"
-            f" expected at most {MAX_VOCAB}"
-        )
-    earlier = earlier_shards(out)
-    proto = model.read_bytes() if model else None
-    if model:  # refuse a wrong tokenizer now, not after an hour of indexing
-        load_tokenizer(proto, str(model), vocab_size)
-    source = index_documents(jsonl)
-    rows = split_rows(source, val_docs, seed)
-    proto = proto or train_tokenizer(
-        source, rows["train"], DEFAULT_VOCAB if vocab_size is None else vocab_size
-    )
-    tokenizer = load_tokenizer(proto, "new tokenizer", vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=out) as folder:
+    check_options(options)
+    earlier = earlier_shards(options.out)
+    proto = None
+    normalize = PUBLISHED.normalize
+    if options.tokenizer:  # refuse a wrong tokenizer now, not after an hour of indexing
+        proto = options.tokenizer.read_bytes()
+        given = load_tokenizer(proto, str(options.tokenizer), options.vocab_size)
+        normalize = given.normalize
+    source = index_documents(options.input, options.text_key, normalize)
+    rows = split_rows(source, options.val_docs, options.seed)
+    if proto is None:
+        size = DEFAULT_VOCAB if options.vocab_size is None else options.vocab_size
+        proto = train_tokenizer(source, rows["train"], size)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=options.out) as folder:
         build = Path(folder)
-        write_file(build / "tokenizer.model", proto)
-        splits = {
-            split: write_split(tokenizer, source.texts(rows[split]), ShardWriter(build, split))
-            for split in rows
-        }
-        manifest = {
-            "source": source.facts(),
-            "seed": seed,
-            "tokenizer": {
-                "vocab_size": tokenizer.get_piece_size(),
-                "trained_here": model is None,
-                "training_text_limit_bytes": None if model else SAMPLE_BYTES,
-            },
-            "splits": splits,
-            "files": {path.name: file_facts(path) for path in sorted(build.iterdir())},
-        }
-        write_file(build / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
-        publish(build, out, list(manifest["files"]), earlier)
-    return manifest
+        made = build_set(build, source, rows, proto, options)
+        publish(build, options.out, list(made.manifest["files"]), earlier)
+    return made
+
+
+def build_set(
+    build: Path,
+    source: Source,
+    rows: dict[str, np.ndarray],
+    proto: bytes,
+    options: argparse.Namespace,
+) -> MadeSet:
+    """Write tokenizer, shards and manifest into the folder `build`, and check them."""
+    tokenizer = load_tokenizer(proto, "new tokenizer", options.vocab_size)
+    sample = next(encoding_batches(source.texts(np.concatenate([rows["val"], rows["train"]]))))
+    words, lost = lost_words(tokenizer, [part.text for part in sample])
+    write_file(build / "tokenizer.model", proto)
+    text_bytes = {}
+    for name, chosen in rows.items():
+        texts = source.texts(chosen)
+        label = f"encoding {name}"
+        with progress(label, len(chosen), iterable=texts, unit=" documents") as shown:
+            text_bytes[name] = write_split(tokenizer, shown, ShardWriter(build, name))
+    splits, checks = check_set(build, tokenizer)
+    for check in checks:
+        if check.verdict == "WRONG":
+            raise ValueError(
+                f"{options.out}: found that the new set fails a check, {check.subject}:"
+                f" {check.finding}; expected none to fail, so nothing was replaced"
+            )
+    manifest = {
+        "source": source.facts(),
+        "seed": options.seed,
+        "tokenizer": {
+            "vocab_size": tokenizer.get_piece_size(),
+            "trained_here": options.tokenizer is None,
+            "training_text_limit_bytes": None if options.tokenizer else SAMPLE_BYTES,
+        },
+        "words": {"compared": words.total(), "lost": lost.total()},
+        "splits": {name: split_facts(splits[name], text_bytes[name]) for name in rows},
+        "files": {path.name: file_facts(path) for path in sorted(build.iterdir())},
+    }
+    write_file(build / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
+    return MadeSet(manifest, splits, checks, lost)
 
 
 def publish(build: Path, out: Path, files: list[str], earlier: set[str]) -> None:
@@ -537,10 +715,16 @@ def publish(build: Path, out: Path, files: list[str], earlier: set[str]) -> None
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The options. --vocab-size is None unless given: only then can it contradict a tokenizer."""
     parser = argparse.ArgumentParser(
-        description="Make token shards and a tokenizer from a JSONL file of documents."
+        description="Make token shards and a tokenizer from documents."
     )
     parser.add_argument(
-        "--jsonl", type=Path, required=True, help='file with one {"text": "..."} a line'
+        "--input",
+        type=Path,
+        required=True,
+        help='file with one {"text": "..."} a line, .gz or not; or a folder of .txt, .md and such files',
+    )
+    parser.add_argument(
+        "--text-key", default="text", help='name of the entry with the text (default "text")'
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the set; an earlier set is replaced"
@@ -560,18 +744,31 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def report(made: MadeSet, out: Path, seconds: float) -> None:
+    """Say what was made: the checks, a warning if the tokenizer loses text, and what was dropped."""
+    print_report(made.splits, made.checks)
+    words = made.manifest["words"]
+    if words["lost"]:
+        examples = ", ".join(repr(word) for word, _ in made.lost_words.most_common(3))
+        print(
+            f"warning: the tokenizer loses text, which flatters val_bpb: of {words['compared']:,} words"
+            f" {words['lost']:,} ({words['lost'] / words['compared']:.2%}) come back otherwise, like"
+            f" {examples}; use one with byte fallback that keeps case",
+            file=sys.stderr,
+        )
+    source = made.manifest["source"]
+    print(
+        f"\n{out}: complete in {seconds:.0f} s; dropped {source['doubles']:,} exact doubles,"
+        f" {source['empty_documents']:,} empty documents and {source['blank_lines']:,} blank lines"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status. What a user can get wrong is one line on stderr."""
+    start = time.monotonic()
     options = parse_arguments(arguments)
     try:
-        manifest = make_shards(
-            options.jsonl,
-            options.out,
-            options.val_docs,
-            options.seed,
-            options.vocab_size,
-            options.tokenizer,
-        )
+        made = make_shards(options)
     except OSError as error:
         place = error.filename or options.out  # a full disk is reported without a name
         print(
@@ -581,9 +778,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for split, stats in manifest["splits"].items():
-        documents, tokens, size = (stats[key] for key in ("documents", "tokens", "decoded_bytes"))
-        print(f"{split}: {documents:,} documents, {tokens:,} tokens, {size:,} bytes")
+    report(made, options.out, time.monotonic() - start)
     return 0
 
 

@@ -267,7 +267,7 @@ def test_a_zlib_bomb_stays_bounded(tmp_path):
 
 def test_a_pipe_makes_no_shards(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.jsonl")
-    assert make_shards.main(["--jsonl", "pipe.jsonl", "--out", "set", "--val-docs", "1"]) == 1
+    assert make_shards.main(["--input", "pipe.jsonl", "--out", "set", "--val-docs", "1"]) == 1
     assert re.fullmatch("error: pipe.jsonl: .*\n", capsys.readouterr().err)
     assert not (tmp_path / "set").exists()
 

@@ -62,7 +62,7 @@ def make_tokenizer(folder, **settings):
 
 def build(jsonl, out, *more):
     """A set made in this process, which tests may have patched; returns its manifest."""
-    arguments = ["--jsonl", jsonl, "--out", out, "--val-docs", VAL_DOCS, "--vocab-size", VOCAB]
+    arguments = ["--input", jsonl, "--out", out, "--val-docs", VAL_DOCS, "--vocab-size", VOCAB]
     arguments += more
     assert make_shards.main([str(argument) for argument in arguments]) == 0
     return json.loads((out / "manifest.json").read_text())
@@ -109,7 +109,7 @@ def jsonl(tmp_path_factory):
 def made(tmp_path_factory, jsonl):
     """A folder filled by the script as a user runs it. Tests only read it."""
     out = tmp_path_factory.mktemp("made") / "deep" / "set"
-    command = [sys.executable, make_shards.__file__, "--jsonl", jsonl, "--out", out]
+    command = [sys.executable, make_shards.__file__, "--input", jsonl, "--out", out]
     command += [f"--val-docs={VAL_DOCS}", f"--vocab-size={VOCAB}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -185,7 +185,7 @@ def test_tokenizer_never_sees_validation_text(made, jsonl, tmp_path):
     source = make_shards.index_documents(jsonl)
     texts = [*TEXTS]
     for row in make_shards.split_rows(source, VAL_DOCS, 1337)["val"]:
-        texts[row] = "zz qq " * 40
+        texts[row] = f"zz {row} " * 40
     build(write_jsonl(tmp_path / "docs.jsonl", texts), tmp_path / "set")
     before = folder_bytes(made)
     after = folder_bytes(tmp_path / "set")
@@ -297,7 +297,7 @@ def earlier_set(made, tmp_path):
 def test_bad_line_is_named(line, found, tmp_path, capsys):
     path = tmp_path / "docs.jsonl"
     path.write_bytes(b'{"text": "three good words"}\n\n' + line)
-    arguments = ["--jsonl", path, "--out", tmp_path / "set"]
+    arguments = ["--input", path, "--out", tmp_path / "set"]
     assert_refused(capsys, arguments, f"{path}: line 3: found", found)
 
 
@@ -314,8 +314,8 @@ def test_bad_line_is_named(line, found, tmp_path, capsys):
         ("--tokenizer other.model", "other.model|no BOS"),
         ("--tokenizer docs.jsonl", "docs.jsonl|no SentencePiece model"),
         ("--tokenizer empty.jsonl", "empty.jsonl|no SentencePiece model"),
-        ("--jsonl absent.jsonl", "absent.jsonl|No such file"),
-        ("--jsonl empty.jsonl", "empty.jsonl|no documents"),
+        ("--input absent.jsonl", "absent.jsonl|No such file"),
+        ("--input empty.jsonl", "empty.jsonl|no documents"),
     ],
 )
 def test_bad_option_leaves_the_earlier_set(
@@ -325,15 +325,17 @@ def test_bad_option_leaves_the_earlier_set(
     make_tokenizer(tmp_path, bos_id=-1)
     write_jsonl(tmp_path / "docs.jsonl", TEXTS)
     (tmp_path / "empty.jsonl").touch()
-    arguments = ["--jsonl", "docs.jsonl", "--out", "earlier", *options.split()]
+    arguments = ["--input", "docs.jsonl", "--out", "earlier", *options.split()]
     assert_refused(capsys, arguments, *words.split("|"))
     assert folder_bytes(earlier_set) == folder_bytes(made)
 
 
 def test_write_that_fails_half_way_leaves_the_earlier_set(earlier_set, made, tmp_path, capsys):
     """A file-size limit stands in for a full disk: the tokenizer fits, the training shard not."""
-    jsonl = write_jsonl(tmp_path / "docs.jsonl", TEXTS * 20)
-    arguments = ["--jsonl", jsonl, "--tokenizer", make_tokenizer(tmp_path), "--out", earlier_set]
+    jsonl = write_jsonl(
+        tmp_path / "docs.jsonl", [f"{n} {text}" for n in range(20) for text in TEXTS]
+    )
+    arguments = ["--input", jsonl, "--tokenizer", make_tokenizer(tmp_path), "--out", earlier_set]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
     try:
@@ -348,7 +350,7 @@ def test_shards_from_elsewhere_are_neither_mixed_nor_deleted(jsonl, tmp_path, ca
     (tmp_path / "fineweb_train_000079.bin").write_bytes(b"8 billion tokens")
     (tmp_path / "manifest.json").write_text('{"datasets": []}')
     before = folder_bytes(tmp_path)
-    arguments = ["--jsonl", jsonl, "--out", tmp_path]
+    arguments = ["--input", jsonl, "--out", tmp_path]
     assert_refused(capsys, arguments, "fineweb_train_000079.bin")
     assert folder_bytes(tmp_path) == before
 
