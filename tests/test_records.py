@@ -19,6 +19,7 @@ import numpy as np
 import plot
 import pytest
 import run_log
+import scores
 import stats
 from conftest import CONFORMANCE, EVAL_ARTIFACT, ROOT, run_forked, write_shard
 
@@ -26,7 +27,7 @@ import train_gpt as tg
 
 RULE = "=" * 100
 TRAIN = "fineweb_train_000000.bin"
-VAL = "fineweb_val_my own.bin"
+VAL = "fineweb_val_000000.bin"
 RESUME = "resume:out/x.pt step:5/12 train_time:9ms"
 OLD = ROOT / "records/track_cpu" / make_record.OLD_RECORDS[0]
 
@@ -164,7 +165,7 @@ UNTRUSTWORTHY = r"""
 ^sha256 script:.* => sha256 script:x => of the source at the head
 ^started:.*\n =>  => 0 lines 'started:'
 ^sha256 val:.*\n =>  => one for each validation shard
-^(sha256 val:.*\n) => \1\1 => two hashes of fineweb_val_my own.bin
+^(sha256 val:.*\n) => \1\1 => two hashes of fineweb_val_000000.bin
 (config:.*demo)' => \1 => quoted as for a shell
 (config:.*) SEED=1337 => \1 SEED=x => found SEED=x in the line
 ^(command:.*) SEED=1337 => \1 SEED=9 => found SEED=9; expected SEED=1337
@@ -203,7 +204,7 @@ DISAGREE = r"""
 ^versions: .* => versions: x => found 'versions: ' x; expected
 world_size:1 => world_size:4 => found 'preset:' cpu device:cpu world_size:4
 ^(sha256 tokenizer:).* => \1b => found 'sha256 tokenizer:' b
-^(sha256 val:)\w+ => \1a => found sha256 of fineweb_val_my own.bin a
+^(sha256 val:)\w+ => \1a => found sha256 of fineweb_val_000000.bin a
 ^sha256 script:.* => sha256 script:x => found 'sha256 script:x'
 """
 
@@ -342,7 +343,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
 
 
 def score_rows(text):
-    return np.loadtxt(lines(text), dtype=plot.COLUMNS)
+    return np.loadtxt(lines(text), dtype=scores.COLUMNS)
 
 
 def test_positions_divide_sums_by_sums():
@@ -436,7 +437,7 @@ def test_a_record_of_a_resumed_run_that_read_its_data_elsewhere(
 
 @pytest.mark.parametrize("scores", ["no.csv", __file__])
 def test_a_record_without_its_scores_file_shows_no_positions(runs, copy, tmp_path, scores):
-    edit(copy, f"^scores:.* rows => scores:{scores} rows")
+    edit(copy, f"^scores:.* sha256 => scores:{scores} sha256")
     folder = make_record.make_record("x", 1.6, [runs[0], copy], tmp_path)
     assert_pictures(folder, "ladder training")
     make_record.verify(folder)
@@ -516,7 +517,7 @@ EVAL_ONLY=0 => EVAL_ONLY=1 => nothing trained
 ^audit causality.*\n =>  => no line 'audit causality:' for condition:ttt
 MODEL_PATH='' => MODEL_PATH=first.pt => MODEL_PATH=first.pt
 ^(sha256 tokenizer:).{4} => \g<1>0000 => tokenizer 0000
-^(sha256 val:.*)my => \1other => validation shards {'fineweb_val_other
+^(sha256 val:.*_)000 => \g<1>123 => validation shards {'fineweb_val_123
 ^hardware: .* => hardware: x => hardware x; expected
 ^versions: .* => versions: x => versions x; expected
 ^(command.*)python((.|\n)*size:)1 => \1torchrun --standalone --nproc_per_node=4\g<2>4 => world_size 4; expected 1
