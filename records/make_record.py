@@ -87,7 +87,9 @@ def check_run(log: RunLog) -> None:
         refuse("nothing trained", "a training from scratch")
     if log.changes:
         found = f"attempts that differ in settings: {', '.join(log.changes)}"
-        refuse(found, "the same settings from start to end, so that the command gives the run again")
+        refuse(
+            found, "the same settings from start to end, so that the command gives the run again"
+        )
     steps = [point.step for point in log.training]
     if steps[:1] != [1]:
         first = steps[0] if steps else None
