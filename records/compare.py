@@ -1,7 +1,7 @@
 """Compare two evaluations document by document: is one better, by how much, and on which documents.
 
-    python records/compare.py out/a/scores.csv out/b/scores.csv             the last condition of each
-    python records/compare.py out/a/scores.npz:ttt out/a/scores.npz:stream  two conditions of one file
+    python records/compare.py out/a/scores.csv out/b/scores.csv     the last condition of each
+    python records/compare.py out/a/x.npz:ttt out/a/x.npz:stream    two conditions of one file
 
 B - A is the difference in bits per byte, below 0 where B is better: all bits of the one less all
 bits of the other, divided by all bytes. So long documents weigh more, as they do in the score.

@@ -1,4 +1,4 @@
-"""Read the losses that SCORES_PATH named: sums by chunk in a .csv, or those of all tokens in an .npz.
+"""Read the file that SCORES_PATH named: losses summed by chunk (.csv) or of every token (.npz).
 
 Both become the same rows, which add up to what the program printed.
 """

@@ -19,9 +19,9 @@ import numpy as np
 import plot
 import pytest
 import run_log
-import scores
 import stats
 from conftest import CONFORMANCE, EVAL_ARTIFACT, ROOT, run_forked, write_shard
+from scores import COLUMNS
 
 import train_gpt as tg
 
@@ -343,7 +343,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
 
 
 def score_rows(text):
-    return np.loadtxt(lines(text), dtype=scores.COLUMNS)
+    return np.loadtxt(lines(text), dtype=COLUMNS)
 
 
 def test_positions_divide_sums_by_sums():
@@ -581,3 +581,77 @@ def test_wrong_arguments_are_refused(runs, record):
     assert "found 1 value" in refused("x", 5.0, runs[:1])
     assert f"{record}: found an earlier record" in refused("try-1")
     assert sorted(records.rglob("*")) == before
+
+
+# --- Rules of the game, and pictures ---
+
+
+def raise_limit(copy):
+    """Make a log that of a run whose ITERATIONS were raised when it was resumed."""
+    interrupt(copy, f"resume: ITERATIONS was 9, now 12\n{RESUME}")
+    edit(copy, "ITERATIONS=12 => ITERATIONS=9", 2)
+
+
+def test_a_raised_limit_is_read_but_makes_no_record(copy, log):
+    raise_limit(copy)
+    found = run_log.read_log(copy)
+    assert found.training == log.training
+    line = refusal(make_record.check_run, found)
+    assert "attempts that differ in settings: ITERATIONS was 9, now 12; expected" in line
+
+
+RAISED = r"""
+^resume: .*\n =>  => ITERATIONS 9; expected 12
+(config: .*ITERATIONS)=9 => \1=13 => ITERATIONS 13; expected 12
+now 12 => now 13 => ITERATIONS 9; expected 12
+(config: .*MATRIX_LR)=0.03 => \1=0.02 => MATRIX_LR 0.02; expected 0.03
+"""
+
+
+@pytest.mark.parametrize("fault", lines(RAISED))
+def test_other_changes_between_attempts_are_refused(copy, fault):
+    raise_limit(copy)
+    message = edit(copy, fault, 1)
+    assert message in refusal(run_log.read_log, copy)
+
+
+CONTRADICTIONS = r"""
+^total_eval_time:.* => total_eval_time:0.0s => at least the
+^total_eval_time:.* => \g<0> limit:600s PASS => under the preset baseline alone
+^(validation: .* documents, )\d+ => \g<1>9 => 3,980, one more than targets
+^validation: not the => validation: => 'validation: ' and then
+"""
+
+
+@pytest.mark.parametrize("fault", lines(CONTRADICTIONS))
+def test_times_and_sets_that_contradict_the_results_are_refused(copy, fault):
+    assert edit(copy, fault) in refusal(run_log.read_log, copy)
+
+
+@pytest.mark.parametrize("spent", ["600.1s limit:600s PASS", "599.9s limit:600s FAIL"])
+def test_a_wrong_verdict_on_time_is_refused(log, spent):
+    attempt = run_log.Attempt(log.path, 1, [f"total_eval_time:{spent}"])
+    line = refusal(run_log.read_eval_time, attempt, "baseline", log.results)
+    assert "expected PASS for up to 600 s" in line
+
+
+def test_the_ten_minute_track_demands_the_full_set_in_time(log):
+    run = {"hardware": "8 x NVIDIA H100, CUDA", "device": "cuda:0", "world_size": 8}
+    run |= {"preset": "baseline", "config": {**log.config, "MAX_WALLCLOCK_SECONDS": "600"}}
+    game = replace(log, **run)
+    assert "(3 documents, 3,980 tokens)'; expected full" in refusal(make_record.check_run, game)
+    game = replace(game, validation_set=run_log.FULL_VALIDATION, eval_verdict="FAIL")
+    assert "FAIL; expected PASS" in refusal(make_record.check_run, game)
+    make_record.check_run(replace(game, eval_verdict="PASS"))
+
+
+def test_one_artifact_under_two_seeds_is_one_run(log):
+    twin = replace(log, path=Path("twin"), config={**log.config, "SEED": "9"})
+    assert "twin: found the artifact" in refusal(make_record.check_runs, [log, twin])
+
+
+def test_every_line_has_its_name_inside_the_axes():
+    axes = plot.Figure().add_axes((0, 0, 1, 1))
+    plot.label_ends(axes, [(1, 0.98, "a", "red"), (1, 0.99, "b", "red"), (1, 0.1, "c", "red")])
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert heights == pytest.approx({"a": 0.945, "b": 1, "c": 0.1})
