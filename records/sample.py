@@ -108,7 +108,7 @@ def make_printable(character: str) -> str:
 
 
 def sample(options: argparse.Namespace) -> None:
-    """Print the prompt and what follows it, twice."""
+    """Print what follows the prompt, twice."""
     cfg = tg.read_config(os.environ)
     tg.require(options.tokens > 0, f"--tokens {options.tokens}: expected 1 or more")
     tg.require(options.temperature > 0, f"--temperature {options.temperature}: expected above 0")
@@ -126,7 +126,7 @@ def sample(options: argparse.Namespace) -> None:
         choose = make_chooser(options.seed, options.temperature)
         state = read_prompt(model, ids, how, rt, learns)
         written = continue_text(model, ids, state, options.tokens, choose)
-        text = tokenizer.decode(ids + written)
+        text = tokenizer.decode(ids + written).removeprefix(tokenizer.decode(ids))
         title = f"after learning from {len(ids) - 1} tokens" if learns else "without learning"
         print(f"--- {title}")
         print("".join(map(make_printable, text)))
