@@ -105,6 +105,9 @@ def check_run(log: RunLog) -> None:
         if log.validation_set != FULL_VALIDATION:
             expected = f"{FULL_VALIDATION}, which this track demands"
             refuse(f"'validation: {log.validation_set}'", expected)
+        if log.calibration_left < 0:
+            found = f"training text read {-log.calibration_left} s after the time limit"
+            refuse(found, "all of it read before; set CALIBRATION_SECONDS higher")
         if log.eval_verdict != "PASS":
             found = f"total_eval_time:{log.eval_seconds}s {log.eval_verdict}"
             refuse(found, "PASS: the last condition, its audit and `flat` within 600 s")

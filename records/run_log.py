@@ -118,6 +118,7 @@ class RunLog:
     artifact_hash: str
     causal: tuple[str, ...]  # conditions whose audit of causality passed
     changes: tuple[str, ...]  # settings that a later attempt raised, as 'ITERATIONS was 4, now 8'
+    calibration_left: float  # seconds before the time limit when training text was read last
     validation_set: str  # FULL_VALIDATION, or what was scored instead
     eval_seconds: float  # of what the game counts: `flat` and the last condition with its audit
     eval_verdict: str  # PASS or FAIL against EVALUATION_LIMIT; empty where there is no limit
@@ -248,6 +249,7 @@ def read_log(path: Path) -> RunLog:
         artifact_hash=last.parse_one("sha256 artifact:", f"{HASH} .+")[1],
         causal=tuple(line.split()[0] for line in last.all("audit causality: condition:")),
         changes=tuple(change[0].strip() for change in read_changes(attempts)),
+        calibration_left=read_calibration(last),
         validation_set=last.parse_one("validation: ", VALIDATION)[0],
         eval_seconds=eval_seconds,
         eval_verdict=eval_verdict,
@@ -522,6 +524,15 @@ def read_result(last: Attempt, text: str) -> Result:
         found = f"condition:{result.condition} val_bpb:{result.val_bpb}"
         last.refuse(found, f"{expected} = val_loss * tokens / ln 2 / bytes")
     return result
+
+
+def read_calibration(last: Attempt) -> float:
+    """Return the seconds that were left when calibration ended. inf: no limit, no calibration."""
+    lines = last.all("calibration: ")
+    if not lines:
+        return math.inf
+    form = r"rows:\d+ of:\d+ before_time_limit:(-?\d+\.\d|inf)s"
+    return float(last.parse("calibration: ", lines[-1], form)[1])
 
 
 def read_eval_time(last: Attempt, preset: str, results: Sequence[Result]) -> tuple[float, str]:

@@ -642,6 +642,8 @@ def test_the_ten_minute_track_demands_the_full_set_in_time(log):
     assert "(3 documents, 3,980 tokens)'; expected full" in refusal(make_record.check_run, game)
     game = replace(game, validation_set=run_log.FULL_VALIDATION, eval_verdict="FAIL")
     assert "FAIL; expected PASS" in refusal(make_record.check_run, game)
+    late = replace(game, calibration_left=-2.5)
+    assert "read 2.5 s after the time limit" in refusal(make_record.check_run, late)
     make_record.check_run(replace(game, eval_verdict="PASS"))
 
 
