@@ -22,7 +22,7 @@ from statistics import fmean, pstdev
 from typing import NoReturn
 
 from plot import draw, read_scores
-from run_log import LABELS, Result, RunLog, Sizes, read_log, run_command
+from run_log import FULL_VALIDATION, LABELS, Result, RunLog, Sizes, read_log, run_command
 from stats import Summary, summarize
 
 RECORDS = Path(__file__).resolve().parent
@@ -50,7 +50,8 @@ PICTURES = {
 }
 TRACKS = {
     "track_10min_16mb": (
-        "Ten minutes of training on 8xH100, code and artifact within the budget. The published "
+        "Ten minutes of training on 8xH100, code and artifact within the budget, as many documents "
+        "and tokens as the published validation set has, scored within ten minutes. The published "
         "ladder beside ours was printed after 600 s of training on FineWeb; whether the shards "
         "below are the published ones is for a reader to check by their hashes."
     ),
@@ -70,7 +71,10 @@ TRACKS = {
 
 
 def check_run(log: RunLog) -> None:
-    """Refuse a sound run that is no evidence: partial, not trained from scratch, or too large."""
+    """Refuse a sound run that is no evidence: partial, not trained from scratch, or too large.
+
+    For track_10min_16mb, refuse also what the rules of the game forbid.
+    """
 
     def refuse(found: str, expected: str) -> NoReturn:
         raise ValueError(f"{log.path}: found {found}; expected {expected}")
@@ -81,6 +85,11 @@ def check_run(log: RunLog) -> None:
         refuse(f"MODEL_PATH={log.config['MODEL_PATH']}", "a training from scratch")
     if log.sizes is None:
         refuse("nothing trained", "a training from scratch")
+    if log.changes:
+        found = f"attempts that differ in settings: {', '.join(log.changes)}"
+        refuse(
+            found, "the same settings from start to end, so that the command gives the run again"
+        )
     steps = [point.step for point in log.training]
     if steps[:1] != [1]:
         first = steps[0] if steps else None
@@ -92,6 +101,16 @@ def check_run(log: RunLog) -> None:
     if condition not in log.causal:
         found = f"no line 'audit causality:' for condition:{condition}, the last of EVAL"
         refuse(found, "one, which ends in PASS")
+    if track_of(log) == "track_10min_16mb":
+        if log.validation_set != FULL_VALIDATION:
+            expected = f"{FULL_VALIDATION}, which this track demands"
+            refuse(f"'validation: {log.validation_set}'", expected)
+        if log.calibration_left < 0:
+            found = f"training text read {-log.calibration_left} s after the time limit"
+            refuse(found, "all of it read before; set CALIBRATION_SECONDS higher")
+        if log.eval_verdict != "PASS":
+            found = f"total_eval_time:{log.eval_seconds}s {log.eval_verdict}"
+            refuse(found, "PASS: the last condition, its audit and `flat` within 600 s")
 
 
 def shared_facts(log: RunLog) -> dict[str, object]:
@@ -116,9 +135,13 @@ def shared_facts(log: RunLog) -> dict[str, object]:
 
 
 def check_runs(logs: Sequence[RunLog]) -> None:
-    """Refuse runs that are no evidence, that differ in more than the seed, or that share one."""
+    """Refuse runs that are no evidence, that differ in more than the seed, or that share one.
+
+    Two runs with one artifact are one run, whatever seeds their logs name.
+    """
     expected = shared_facts(logs[0])
     seeds = set()
+    artifacts = {}
     for log in logs:
         check_run(log)
         found = shared_facts(log)
@@ -129,6 +152,10 @@ def check_runs(logs: Sequence[RunLog]) -> None:
         if log.seed in seeds:
             raise ValueError(f"{log.path}: found SEED={log.seed} again; expected one run per seed")
         seeds.add(log.seed)
+        twin = artifacts.setdefault(log.artifact_hash, log.path)
+        if twin != log.path:
+            found = f"the artifact {log.artifact_hash} of {twin} again"
+            raise ValueError(f"{log.path}: found {found}; expected logs of different runs")
 
 
 def track_of(log: RunLog) -> str:
@@ -252,7 +279,7 @@ def ladder_table(logs: Sequence[RunLog]) -> str:
 
 def runs_table(logs: Sequence[RunLog]) -> str:
     """Return the table of how far every seed came, and what it weighs."""
-    head = ["seed", "started", "attempts", "steps", "training s"]
+    head = ["seed", "started", "attempts", "steps", "training s", "evaluation s"]
     head += ["artifact bytes", "with code", "artifact sha256"]
     rows = []
     for log in logs:
@@ -263,6 +290,7 @@ def runs_table(logs: Sequence[RunLog]) -> str:
             log.attempts,
             f"{last.step:,}",
             f"{last.milliseconds / 1000:.1f}",
+            f"{log.eval_seconds:.1f}",
             f"{log.sizes.model:,}",
             f"{log.sizes.total:,}",
             f"`{log.artifact_hash}`",
@@ -282,6 +310,7 @@ def environment_table(log: RunLog) -> str:
         ("code bytes", f"{log.sizes.code:,}"),
         ("script sha256", f"`{log.script_hash}`"),
         ("tokenizer sha256", f"`{log.tokenizer_hash}`"),
+        ("validation", log.validation_set),
     ]
     for name, shard_hash in log.val_hashes.items():
         rows.append((f"{name} sha256", f"`{shard_hash}`"))

@@ -19,21 +19,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from run_log import LABELS, Result, RunLog, read_log, run_command
+from scores import read_rows
 
-COLUMNS = [
-    ("condition", "U32"),
-    ("doc", "i8"),
-    ("chunk", "i8"),
-    ("start", "i8"),
-    ("tokens", "i8"),
-    ("bytes", "i8"),
-    ("loss_nats", "f8"),
-]
 INK = "#22262b"
 QUIET = "#6b7280"
 FAINT = "#e3e6ea"
 # By place in the ladder, and again from the first one.
 COLOURS = ("#9aa3ad", "#6aa9d8", "#2b6cab", "#d9622b", "#4b9b6e", "#8a63b0")
+VALIDATION_COLOUR = "#d9622b"
 STYLE = {
     "axes.edgecolor": QUIET,
     "axes.labelcolor": QUIET,
@@ -57,15 +50,7 @@ def read_scores(path: Path, log: RunLog) -> np.ndarray:
 
     Raises `ValueError` unless they are the rows of this run.
     """
-    columns = ",".join(name for name, _ in COLUMNS)
-    try:
-        with open(path, encoding="utf-8") as file:
-            header = file.readline().strip()
-            if header != columns:
-                raise ValueError(f"the header {header!r}; expected {columns}")
-            rows = np.loadtxt(file, dtype=COLUMNS, delimiter=",", ndmin=1)
-    except ValueError as error:
-        raise ValueError(f"{path}: found {error}") from None
+    rows = read_rows(path, int(log.config["TTT_CHUNK_SIZE"]))
     found = list(dict.fromkeys(rows["condition"].tolist()))
     expected = [result.condition for result in log.results]
     if found != expected:
@@ -243,46 +228,76 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
     ends: (x, y, name, colour) of each line.
     """
+    ends = sorted(ends, key=lambda end: end[1])
     low, high = axes.get_ylim()
     gap = 0.055 * (high - low)
-    previous = -math.inf
+    heights = []
+    floor = low
+    for _, y, _, _ in ends:
+        heights.append(max(y, floor))
+        floor = heights[-1] + gap
+    # From the top down: a name above the axes would not be drawn.
+    ceiling = high
+    for index in reversed(range(len(ends))):
+        heights[index] = min(heights[index], ceiling)
+        ceiling = heights[index] - gap
     style = {"textcoords": "offset points", "weight": "bold", "va": "center_baseline"}
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        height = max(y, previous + gap)
-        axes.annotate(name, (x, height), (9, 0), color=colour, **style)
-        previous = height
+    for (x, _, name, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(name, (x, height), (9, 0), color=colour, annotation_clip=False, **style)
 
 
-def draw_training(axes: Axes, log: RunLog) -> None:
-    """Draw the losses of one run: single steps, their running mean, and the validations."""
+def draw_training(axes: Axes, log: RunLog) -> np.ndarray:
+    """Draw the losses of one run: single steps, their running mean, and the validations.
+
+    Returns the losses that must be seen: all but those of the first 2 % of the run.
+    """
     steps = np.array([point.step for point in log.training])
     losses = np.array([point.loss for point in log.training])
-    trend = running_mean(steps, losses, log.validation[-1].step)
-    dots = {"alpha": 0.25, "markersize": 3.5, "markeredgewidth": 0}
+    end = log.validation[-1].step
+    trend = running_mean(steps, losses, end)
+    dots = {"alpha": 0.35, "markersize": 4, "markeredgewidth": 0}
     axes.plot(steps, losses, "o", color=COLOURS[2], **dots)
-    axes.plot(steps, trend, color=COLOURS[2], linewidth=1.5)
+    axes.plot(steps, trend, color=COLOURS[2], linewidth=2)
+    later = steps > 0.02 * end
+    shown = [losses[later], trend[later]]
     steps = [point.step for point in log.validation]
     losses = [point.loss for point in log.validation]
-    circles = {"color": "white", "markeredgecolor": COLOURS[3], "markeredgewidth": 1.8}
+    circles = {"color": "white", "markeredgecolor": VALIDATION_COLOUR, "markeredgewidth": 1.8}
     axes.plot(steps, losses, "o", **circles)
+    return np.concatenate([*shown, losses])
 
 
 def training_figure(logs: Sequence[RunLog]) -> Figure:
-    """Return the losses of every run against the step, with the time that the steps took."""
+    """Return the losses of every run against the step, with the time that the steps took.
+
+    A dashed line is the loss under the last condition: what test-time training adds to training.
+    """
     seeds = name_seeds(logs)
-    note = f"nats per token; dots are single steps, lines their running means; {seeds}"
-    figure, axes = new_figure("Training loss", note, logs, (0.75, 1.15, 3.3))
-    for log in logs:
-        draw_training(axes, log)
+    drawn = "dots are steps, lines their running means, dashes the final score"
+    note = f"nats per token; {drawn}; {seeds}"
+    figure, axes = new_figure("Training loss", note, logs, (0.75, 1.6, 3.3))
+    shown = np.concatenate([draw_training(axes, log) for log in logs])
     last = [log.validation[-1] for log in logs]
     end = max(point.step for point in last)
     loss = np.mean([point.loss for point in last])
+    score = np.mean([log.score.val_loss for log in logs])
+    lowest = min(score, shown.min())
+    highest = max(score, shown.max())
+    room = 0.08 * max(highest - lowest, 0.1)
+    axes.set_ylim(lowest - room, highest + room)
+    condition = logs[0].score.condition
+    index = len(logs[0].results) - 1
+    colour = COLOURS[index % len(COLOURS)]
+    axes.axhline(score, color=colour, linestyle="--")
     step_ms = np.mean([point.milliseconds / max(point.step, 1) for point in last])
     axes.set_xlim(0, 1.02 * max(end, 1))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}\n{step * step_ms / 1000:,.0f} s")
     axes.set_xlabel("step, and seconds of training until then")
     axes.grid(axis="y", color=FAINT)
-    label_ends(axes, [(end, loss, f"validation\n{loss:.4f}", COLOURS[3])])
+    right = axes.get_xlim()[1]
+    ends = [(right, score, f"{condition} {score:.4f}", colour)]
+    ends.append((right, loss, f"validation {loss:.4f}", VALIDATION_COLOUR))
+    label_ends(axes, ends)
     return figure
 
 

@@ -2,9 +2,10 @@
 
 A log is the script's own source, the machine, and then one attempt after another, since RESUME goes
 on in the same file. The last attempt must have finished; the others must be attempts at the same
-run. What a log says twice must agree: the source and its hash, the command and the settings, bits
-per byte and loss, tokens and bytes, the audits and the results, the sizes and their sum. Audits
-must have passed. Partial runs and artifacts over the budget are read like any other, because a
+run, of which ITERATIONS and MAX_WALLCLOCK_SECONDS may be raised by an attempt that says so. What a
+log says twice must agree: the source and its hash, the command and the settings, bits per byte and
+loss, tokens and bytes, the audits and the results, the sizes and their sum, the times. Audits must
+have passed. Partial runs and artifacts over the budget are read like any other, because a
 picture of them does no harm; make_record.py says what else a record needs.
 """
 
@@ -29,12 +30,19 @@ LABELS = {
     "doc": "+ document-isolated",
     "stride": "+ stride, windows that overlap",
     "ttt": "+ LoRA test-time training",
-    "stream": "+ streaming",
+    "stream": "replaces ttt: a learning stream",
 }
 # Commands may give these values; the line `config:` has what the program chose instead.
 CHOSEN = {("PRESET", "auto"), ("DEVICE", "auto"), ("GRAD_ACCUM_STEPS", "0")}
 # In these, attempts at one run may differ: the log's own name may be given to go on with it.
 RESUMING = ("RESUME", "RUN_ID")
+# These may be larger in a later attempt, which must say so in a line 'resume: A was 4, now 8'.
+GROWING = ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")
+CHANGE = re.compile(rf" ({'|'.join(GROWING)}) was (\S+), now (\S+)")
+FULL_VALIDATION = "full FineWeb (50,000 documents, 62,021,846 tokens)"
+NOT_FULL = r"not the full FineWeb \([\d,]+ documents, [\d,]+ tokens\)"
+VALIDATION = f"{re.escape(FULL_VALIDATION)}|{NOT_FULL}"
+EVALUATION_LIMIT = 600  # seconds that the game allows for scoring
 HASH = r"([0-9a-f]{64})"
 LAUNCHER = r"(?:torchrun --standalone --nproc_per_node=(\d+)|python) train_gpt\.py"
 # The settings that the tools use, as the program spells them.
@@ -48,6 +56,7 @@ FORMS = {
     "EVAL": r"\w+(,\w+)*",
     "ITERATIONS": r"\d+",
     "MAX_VAL_DOCS": r"\d+",
+    "TTT_CHUNK_SIZE": r"[1-9]\d*",
     "MAX_WALLCLOCK_SECONDS": r"\d+(\.\d+)?(e[+-]\d+)?",
 }
 
@@ -108,6 +117,11 @@ class RunLog:
     val_hashes: Mapping[str, str]  # by shard
     artifact_hash: str
     causal: tuple[str, ...]  # conditions whose audit of causality passed
+    changes: tuple[str, ...]  # settings that a later attempt raised, as 'ITERATIONS was 4, now 8'
+    calibration_left: float  # seconds before the time limit when training text was read last
+    validation_set: str  # FULL_VALIDATION, or what was scored instead
+    eval_seconds: float  # of what the game counts: `flat` and the last condition with its audit
+    eval_verdict: str  # PASS or FAIL against EVALUATION_LIMIT; empty where there is no limit
     training: tuple[Point, ...]  # of all attempts, without what a later one trained again
     validation: tuple[Point, ...]  # the same; the last one is after the last step
     sizes: Sizes | None  # None where nothing was trained
@@ -209,6 +223,7 @@ def read_log(path: Path) -> RunLog:
     preset, device = where[1], where[2]
     results = read_results(last, config["EVAL"].split(","))
     check_audits(last, results)
+    eval_seconds, eval_verdict = read_eval_time(last, preset, results)
     validation = read_points(attempts, "val")
     trained = config["EVAL_ONLY"] == "0"
     if trained:
@@ -233,6 +248,11 @@ def read_log(path: Path) -> RunLog:
         val_hashes=read_shards(last),
         artifact_hash=last.parse_one("sha256 artifact:", f"{HASH} .+")[1],
         causal=tuple(line.split()[0] for line in last.all("audit causality: condition:")),
+        changes=tuple(change[0].strip() for change in read_changes(attempts)),
+        calibration_left=read_calibration(last),
+        validation_set=last.parse_one("validation: ", VALIDATION)[0],
+        eval_seconds=eval_seconds,
+        eval_verdict=eval_verdict,
         training=read_points(attempts, "train"),
         validation=validation,
         sizes=read_sizes(last, source) if trained else None,
@@ -304,20 +324,43 @@ def identity(attempt: Attempt) -> dict[str, str]:
         facts.pop(name, None)
     for command in attempt.all("command: "):
         words = attempt.words(command)
-        kept = [word for word in words if word.split("=")[0] not in RESUMING]
+        # Of settings that may grow, the line `config:` has the values that count.
+        kept = [word for word in words if word.split("=")[0] not in (*RESUMING, *GROWING)]
         facts["'command: '"] = shlex.join(kept)
     return facts
 
 
+def read_changes(attempts: Sequence[Attempt]) -> list[re.Match]:
+    """Return what attempts said of settings that they raised: matches of CHANGE."""
+    changes = []
+    for attempt in attempts:
+        changes += filter(None, map(CHANGE.fullmatch, attempt.all("resume:")))
+    return changes
+
+
+def is_raised(name: str, value: str, now: str | None, later: Sequence[Attempt]) -> bool:
+    """Whether a setting grew from `value` to `now`, and one of the later attempts says so."""
+    said = [(change[1], change[3]) for change in read_changes(later)]
+    if (name, now) not in said:
+        return False
+    before = float(value)
+    after = float(now)
+    if name == "MAX_WALLCLOCK_SECONDS":  # 0 is no limit
+        before = before or math.inf
+        after = after or math.inf
+    return before < after
+
+
 def check_same_run(attempts: Sequence[Attempt]) -> None:
-    """Refuse attempts that differ from the last in more than RESUME and RUN_ID."""
+    """Refuse attempts that differ from the last in more than RESUME, RUN_ID and what it raised."""
     last = attempts[-1]
     expected = identity(last)
     for attempt in attempts[:-1]:
+        later = attempts[attempt.number :]
         for name, value in identity(attempt).items():
-            if value != expected.get(name):
-                same = f"{expected.get(name)}, as in attempt:{last.number}"
-                attempt.refuse(f"{name} {value}", same)
+            now = expected.get(name)
+            if value != now and not is_raised(name, value, now, later):
+                attempt.refuse(f"{name} {value}", f"{now}, as in attempt:{last.number}")
 
 
 def resumed_step(attempt: Attempt) -> int | None:
@@ -325,7 +368,7 @@ def resumed_step(attempt: Attempt) -> int | None:
 
     -1 if it started anew; None if it did not resume, or was killed before it could.
     """
-    found = attempt.all("resume:")
+    found = [text for text in attempt.all("resume:") if not CHANGE.fullmatch(text)]
     if not found:
         return None
     if found[-1].startswith(" found no checkpoint"):
@@ -411,7 +454,7 @@ def read_scores_line(last: Attempt) -> tuple[str, str] | None:
     lines = last.all("scores:")
     if not lines:
         return None
-    match = last.parse("scores:", lines[-1], rf"(.+) rows:\d+ sha256:{HASH}")
+    match = last.parse("scores:", lines[-1], rf"(.+) sha256:{HASH}")
     return match[1], match[2]
 
 
@@ -483,6 +526,35 @@ def read_result(last: Attempt, text: str) -> Result:
     return result
 
 
+def read_calibration(last: Attempt) -> float:
+    """Return the seconds that were left when calibration ended. inf: no limit, no calibration."""
+    lines = last.all("calibration: ")
+    if not lines:
+        return math.inf
+    form = r"rows:\d+ of:\d+ before_time_limit:(-?\d+\.\d|inf)s"
+    return float(last.parse("calibration: ", lines[-1], form)[1])
+
+
+def read_eval_time(last: Attempt, preset: str, results: Sequence[Result]) -> tuple[float, str]:
+    """Return the seconds of what the game counts, and the verdict, which only `baseline` has."""
+    form = rf"(\d+\.\d)s(?: limit:{EVALUATION_LIMIT}s (PASS|FAIL))?"
+    match = last.parse_one("total_eval_time:", form)
+    seconds = float(match[1])
+    verdict = match[2] or ""
+    counted = {"flat", results[-1].condition}
+    least = sum(result.seconds for result in results if result.condition in counted)
+    if seconds < least - 0.1:  # the printed times are rounded
+        last.refuse(f"total_eval_time:{seconds}s", f"at least the {least:.1f} s of its conditions")
+    if bool(verdict) != (preset == "baseline"):
+        last.refuse(f"'total_eval_time:{match[0]}'", "a limit under the preset baseline alone")
+    is_late = seconds > EVALUATION_LIMIT
+    is_early = seconds < EVALUATION_LIMIT
+    if (verdict == "PASS" and is_late) or (verdict == "FAIL" and is_early):
+        expected = f"PASS for up to {EVALUATION_LIMIT} s, FAIL for more"
+        last.refuse(f"'total_eval_time:{match[0]}'", expected)
+    return seconds, verdict
+
+
 def check_audits(last: Attempt, results: Sequence[Result]) -> None:
     """Refuse audits that failed or are missing, and audits of bytes or coverage that do not fit."""
     for line in last.lines:
@@ -491,9 +563,14 @@ def check_audits(last: Attempt, results: Sequence[Result]) -> None:
     match = last.parse_one("audit bytes: ", r".*table_bytes:(\d+) text_bytes:(\d+) PASS")
     if match[1] != match[2]:
         last.refuse(f"'audit bytes: {match[0]}'", "as many bytes in the table as in the text")
+    tokens = last.parse_one("validation: ", r".* ([\d,]+) tokens\)")[1]
     for result in results:
         prefix = f"audit coverage: condition:{result.condition} "
-        match = last.parse_one(prefix, r"targets:(\d+) scored_once:(\d+)(.*) PASS")
+        form = r"targets:(\d+) scored_once:(\d+)(.* beyond_max_val_docs:(\d+)) PASS"
+        match = last.parse_one(prefix, form)
+        read = int(match[1]) - int(match[4]) + 1
+        if tokens != f"{read:,}":
+            last.refuse(f"'validation:' of {tokens} tokens", f"{read:,}, one more than targets")
         left_out = sum(map(int, re.findall(r":(\d+)", match[3])))
         scored = int(match[2])
         if scored != result.tokens or int(match[1]) != scored + left_out:

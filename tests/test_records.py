@@ -22,12 +22,13 @@ import pytest
 import run_log
 import stats
 from conftest import CONFORMANCE, EVAL_ARTIFACT, ROOT, run_forked, write_shard
+from scores import COLUMNS
 
 import train_gpt as tg
 
 RULE = "=" * 100
 TRAIN = "fineweb_train_000000.bin"
-VAL = "fineweb_val_my own.bin"
+VAL = "fineweb_val_000000.bin"
 RESUME = "resume:out/x.pt step:5/12 train_time:9ms"
 OLD = ROOT / "records/track_cpu" / make_record.OLD_RECORDS[0]
 
@@ -164,7 +165,7 @@ UNTRUSTWORTHY = r"""
 ^sha256 script:.* => sha256 script:x => of the source at the head
 ^started:.*\n =>  => 0 lines 'started:'
 ^sha256 val:.*\n =>  => one for each validation shard
-^(sha256 val:.*\n) => \1\1 => two hashes of fineweb_val_my own.bin
+^(sha256 val:.*\n) => \1\1 => two hashes of fineweb_val_000000.bin
 (config:.*demo)' => \1 => quoted as for a shell
 (config:.*) SEED=1337 => \1 SEED=x => found SEED=x in the line
 ^(command:.*) SEED=1337 => \1 SEED=9 => found SEED=9; expected SEED=1337
@@ -203,7 +204,7 @@ DISAGREE = r"""
 ^versions: .* => versions: x => found 'versions: ' x; expected
 world_size:1 => world_size:4 => found 'preset:' cpu device:cpu world_size:4
 ^(sha256 tokenizer:).* => \1b => found 'sha256 tokenizer:' b
-^(sha256 val:)\w+ => \1a => found sha256 of fineweb_val_my own.bin a
+^(sha256 val:)\w+ => \1a => found sha256 of fineweb_val_000000.bin a
 ^sha256 script:.* => sha256 script:x => found 'sha256 script:x'
 """
 
@@ -337,7 +338,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(log, tmp_path, capsys):
 
 
 def score_rows(text):
-    return np.loadtxt(lines(text), dtype=plot.COLUMNS)
+    return np.loadtxt(lines(text), dtype=COLUMNS)
 
 
 def test_positions_divide_sums_by_sums():
@@ -431,7 +432,7 @@ def test_a_record_of_a_resumed_run_that_read_its_data_elsewhere(
 
 @pytest.mark.parametrize("scores", ["no.csv", __file__])
 def test_a_record_without_its_scores_file_shows_no_positions(runs, copy, tmp_path, scores):
-    edit(copy, f"^scores:.* rows => scores:{scores} rows")
+    edit(copy, f"^scores:.* sha256 => scores:{scores} sha256")
     folder = make_record.make_record("x", 1.6, [runs[0], copy], tmp_path)
     assert_pictures(folder, "ladder training")
     make_record.verify(folder)
@@ -508,7 +509,7 @@ EVAL_ONLY=0 => EVAL_ONLY=1 => nothing trained
 ^audit causality.*\n =>  => no line 'audit causality:' for condition:ttt
 MODEL_PATH='' => MODEL_PATH=first.pt => MODEL_PATH=first.pt
 ^(sha256 tokenizer:).{4} => \g<1>0000 => tokenizer 0000
-^(sha256 val:.*)my => \1other => validation shards {'fineweb_val_other
+^(sha256 val:.*_)000 => \g<1>123 => validation shards {'fineweb_val_123
 ^hardware: .* => hardware: x => hardware x; expected
 ^versions: .* => versions: x => versions x; expected
 ^(command.*)python((.|\n)*size:)1 => \1torchrun --standalone --nproc_per_node=4\g<2>4 => world_size 4; expected 1
@@ -566,3 +567,79 @@ def test_wrong_arguments_are_refused(runs, record):
     assert "found 1 value" in refusal(make, "x", 5.0, runs[:1], records)
     assert "found SEED=1338 again" in refusal(make, "x", 5.0, runs[:1] * 2, records)
     assert sorted(records.rglob("*")) == before
+
+
+# --- Rules of the game, and pictures ---
+
+
+def raise_limit(copy):
+    """Make a log that of a run whose ITERATIONS were raised when it was resumed."""
+    interrupt(copy, f"resume: ITERATIONS was 9, now 12\n{RESUME}")
+    edit(copy, "ITERATIONS=12 => ITERATIONS=9", 2)
+
+
+def test_a_raised_limit_is_read_but_makes_no_record(copy, log):
+    raise_limit(copy)
+    found = run_log.read_log(copy)
+    assert found.training == log.training
+    line = refusal(make_record.check_run, found)
+    assert "attempts that differ in settings: ITERATIONS was 9, now 12; expected" in line
+
+
+RAISED = r"""
+^resume: .*\n =>  => ITERATIONS 9; expected 12
+(config: .*ITERATIONS)=9 => \1=13 => ITERATIONS 13; expected 12
+now 12 => now 13 => ITERATIONS 9; expected 12
+(config: .*MATRIX_LR)=0.03 => \1=0.02 => MATRIX_LR 0.02; expected 0.03
+"""
+
+
+@pytest.mark.parametrize("fault", lines(RAISED))
+def test_other_changes_between_attempts_are_refused(copy, fault):
+    raise_limit(copy)
+    message = edit(copy, fault, 1)
+    assert message in refusal(run_log.read_log, copy)
+
+
+CONTRADICTIONS = r"""
+^total_eval_time:.* => total_eval_time:0.0s => at least the
+^total_eval_time:.* => \g<0> limit:600s PASS => under the preset baseline alone
+^(validation: .* documents, )\d+ => \g<1>9 => 3,980, one more than targets
+^validation: not the => validation: => 'validation: ' and then
+"""
+
+
+@pytest.mark.parametrize("fault", lines(CONTRADICTIONS))
+def test_times_and_sets_that_contradict_the_results_are_refused(copy, fault):
+    assert edit(copy, fault) in refusal(run_log.read_log, copy)
+
+
+@pytest.mark.parametrize("spent", ["600.1s limit:600s PASS", "599.9s limit:600s FAIL"])
+def test_a_wrong_verdict_on_time_is_refused(log, spent):
+    attempt = run_log.Attempt(log.path, 1, [f"total_eval_time:{spent}"])
+    line = refusal(run_log.read_eval_time, attempt, "baseline", log.results)
+    assert "expected PASS for up to 600 s" in line
+
+
+def test_the_ten_minute_track_demands_the_full_set_in_time(log):
+    run = {"hardware": "8 x NVIDIA H100, CUDA", "device": "cuda:0", "world_size": 8}
+    run |= {"preset": "baseline", "config": {**log.config, "MAX_WALLCLOCK_SECONDS": "600"}}
+    game = replace(log, **run)
+    assert "(3 documents, 3,980 tokens)'; expected full" in refusal(make_record.check_run, game)
+    game = replace(game, validation_set=run_log.FULL_VALIDATION, eval_verdict="FAIL")
+    assert "FAIL; expected PASS" in refusal(make_record.check_run, game)
+    late = replace(game, calibration_left=-2.5)
+    assert "read 2.5 s after the time limit" in refusal(make_record.check_run, late)
+    make_record.check_run(replace(game, eval_verdict="PASS"))
+
+
+def test_one_artifact_under_two_seeds_is_one_run(log):
+    twin = replace(log, path=Path("twin"), config={**log.config, "SEED": "9"})
+    assert "twin: found the artifact" in refusal(make_record.check_runs, [log, twin])
+
+
+def test_every_line_has_its_name_inside_the_axes():
+    axes = plot.Figure().add_axes((0, 0, 1, 1))
+    plot.label_ends(axes, [(1, 0.98, "a", "red"), (1, 0.99, "b", "red"), (1, 0.1, "c", "red")])
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert heights == pytest.approx({"a": 0.945, "b": 1, "c": 0.1})
