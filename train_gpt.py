@@ -334,9 +334,9 @@ def read_config(env: Mapping) -> Config:
         accum = micro_steps // world if micro_steps % world == 0 else 1
     resolved = {"device": device, "preset": preset, "grad_accum_steps": accum}
     cfg = Config(**PRESETS[preset] | given | resolved)
-    beside = Path(cfg.data_path, "tokenizer.model")
-    if "tokenizer_path" not in given and beside.exists():
-        cfg = replace(cfg, tokenizer_path=str(beside))
+    beside = f"{cfg.data_path}/tokenizer.model"
+    if "tokenizer_path" not in given and os.path.exists(beside):
+        cfg = replace(cfg, tokenizer_path=beside)
     check_config(cfg, world)
     return cfg
 
@@ -2518,7 +2518,8 @@ class Trainer:
             for name in GROWING:
                 before = theirs.get(name, "inf")
                 now = self.identity[name]
-                if float(before) < (float(now) or math.inf):  # 0 seconds are no limit
+                # 0 seconds are no limit.
+                if (float(before) or math.inf) < (float(now) or math.inf):
                     self.log.line(f"resume: {name} was {before}, now {now}")
                     theirs[name] = now
             differ = sorted(dict(theirs.items() ^ self.identity.items()))

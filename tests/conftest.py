@@ -29,15 +29,12 @@ CONFORMANCE = (
 CPU = torch.device("cpu")
 
 # A model of 0.5 M parameters on the conformance shards: small enough to start, train and score in seconds.
-TINY_RUN = {
+TINY_SHAPE = {"NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2"}
+TINY_RUN = TINY_SHAPE | {
     "DEVICE": "cpu",
     "PRESET": "baseline",
     "DATA_PATH": str(CONFORMANCE),
     "TOKENIZER_PATH": str(CONFORMANCE / "tokenizer.model"),
-    "NUM_LAYERS": "3",
-    "MODEL_DIM": "64",
-    "NUM_HEADS": "4",
-    "NUM_KV_HEADS": "2",
     "TRAIN_BATCH_TOKENS": "4096",
     "TRAIN_SEQ_LEN": "128",
     "ITERATIONS": "4",
@@ -53,11 +50,6 @@ EVAL_ARTIFACT = {
     "EVAL_ONLY": "1",
     "MODEL_PATH": str(CONFORMANCE / "final_model.int8.ptz"),
     "TRAIN_SEQ_LEN": "512",
-    # Its shape is its own.
-    "NUM_LAYERS": None,
-    "MODEL_DIM": None,
-    "NUM_HEADS": None,
-    "NUM_KV_HEADS": None,
 }
 
 
@@ -69,7 +61,10 @@ def invocation(out_dir, ranks=0, script=ROOT / "train_gpt.py", restarts=0, **set
         "LOCAL_RANK",
     }
     env = {key: value for key, value in os.environ.items() if key not in ours}
-    env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out_dir), "RUN_ID": "test"} | TINY_RUN | settings
+    env |= {"OMP_NUM_THREADS": "1", "OUT_DIR": str(out_dir), "RUN_ID": "test"} | TINY_RUN
+    if "MODEL_PATH" in settings:  # a model brings its shape
+        env = {name: value for name, value in env.items() if name not in TINY_SHAPE}
+    env |= settings
     env = {key: value for key, value in env.items() if value is not None}
     command = [sys.executable]
     if ranks:

@@ -31,10 +31,12 @@ class Request(NamedTuple):
 class HubServer(ThreadingHTTPServer):
     """A hub with these files, and the ways in which it breaks."""
 
-    def __init__(self, files: dict[str, bytes]):
+    def __init__(self, files: dict[str, bytes], repo: str = REPO, root: str = "datasets"):
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.files = files
+        self.repo = repo
+        self.root = root  # of every name, in the repository
         self.damaged = {}  # name -> the bytes to send in place of the listed ones
         # How a client knows a hub from any other web server.
         self.commit_header = {"X-Repo-Commit": COMMIT}
@@ -54,9 +56,9 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
 
-def describe(name: str, data: bytes) -> dict:
+def describe(name: str, data: bytes, root: str = "datasets") -> dict:
     """What a hub lists of a file: git's hash if it is small, an LFS record with sha256 otherwise."""
-    entry = {"type": "file", "path": f"datasets/{name}", "size": len(data), "oid": "0" * 40}
+    entry = {"type": "file", "path": f"{root}/{name}", "size": len(data), "oid": "0" * 40}
     if name.endswith((".json", ".vocab")):
         entry["oid"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     else:
@@ -82,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def seen(self):
         path = self.path.removesuffix("?signature=secret")
-        name = path.removeprefix(f"/datasets/{REPO}/resolve/").partition("/datasets/")[2]
+        hub = self.server
+        name = path.removeprefix(f"/datasets/{hub.repo}/resolve/").partition(f"/{hub.root}/")[2]
         return Request(
             name, self.path, self.headers.get("Range"), self.headers.get("Authorization")
         )
@@ -125,8 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         hub.requests.append(self.seen())
         form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        names = [path.removeprefix("datasets/") for path in form["paths"]]
-        listed = [describe(name, hub.files[name]) for name in names if name in hub.files]
+        names = [path.removeprefix(f"{hub.root}/") for path in form["paths"]]
+        listed = [describe(name, hub.files[name], hub.root) for name in names if name in hub.files]
         for entry in listed:
             entry["size"] = hub.listed_size.get(entry["path"], entry["size"])
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())

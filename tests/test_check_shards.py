@@ -132,7 +132,7 @@ def test_another_repository_whose_tokenizer_has_a_path(tmp_path):
     files = {"manifest.json": json.dumps(manifest).encode(), tokenizer["path"]: b"model"}
     files[shard] = write_shard(tmp_path / "a.bin", np.arange(9)).read_bytes()
     command = [sys.executable, download_fineweb.__file__, "--train-shards=0", "--out", tmp_path]
-    with HubServer("some/where", {f"else/{name}": data for name, data in files.items()}) as hub:
+    with HubServer(files, "some/where", "else") as hub:
         env = {
             "HF_ENDPOINT": hub.endpoint,
             "MATCHED_FINEWEB_REPO_ID": "some/where",

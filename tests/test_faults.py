@@ -294,7 +294,7 @@ def test_a_checkpoint_of_other_settings_and_data_is_refused(tmp_path, base):
 def test_a_run_can_be_made_longer(tmp_path, base):
     out = continued(base, tmp_path / "out", 20)
     done = run(out, **AUTO, ITERATIONS="22")
-    assert "\nresume: ITERATIONS was 20, now 22\n" in done.out
+    assert "\nresume: ITERATIONS was 20, now 22 partial\n" in done.out
     assert "\nstep:22/22 val_loss" in done.out
 
 

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 from conftest import ROOT, invocation
 
-SETTING = "    tie_embeddings: bool = decisive("
+SETTING = "    tie_embeddings: bool = architectural("
 
 FORKS = {
     "activation": [
@@ -24,7 +24,7 @@ FORKS = {
     "loop": [
         (
             SETTING,
-            '    loop_count: int = decisive(2, "passes through the middle blocks", 1, 8)\n'
+            '    loop_count: int = architectural(2, "passes through the middle blocks", 1, 8)\n'
             + SETTING,
         ),
         (
@@ -50,7 +50,7 @@ FORKS = {
     "partial_rope": [
         (
             SETTING,
-            '    rope_share: float = decisive(0.5, "share of a head that is rotated", 0, 1)\n'
+            '    rope_share: float = architectural(0.5, "share of a head that is rotated", 0, 1)\n'
             + SETTING,
         ),
         (

@@ -17,7 +17,7 @@ import make_shards
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, run_forked, tiny_config, tiny_model, write_shard
+from conftest import CONFORMANCE, CPU, run_forked, tiny_config, tiny_model, write_shard
 
 import train_gpt as tg
 
@@ -240,8 +240,11 @@ def claiming_much():
 
 
 CLAIMS = [  # a file, and what is said of it before any memory is taken
-    (saved(good_state() | {f"blocks.{i}.": torch.ones(()) for i in range(301)}), "301 layers"),
-    (saved(good_state() | {EMB: torch.ones(2, 2**20)}), "expected (262144, 1048576)"),
+    (
+        saved(good_state() | {f"blocks.{i}.": torch.ones(()) for i in range(301)}),
+        "NUM_LAYERS=301: expected",
+    ),
+    (saved(good_state() | {EMB: torch.ones(96, 2**20)}), "MODEL_DIM=1048576: expected"),
     (saved(good_state() | {EMB: torch.ones(1).expand(96, 10**6)}), "larger than the file"),
     (claiming_much(), "RuntimeError"),
 ]
@@ -312,7 +315,7 @@ def test_misspelt_settings_are_pointed_out(tmp_path, rt, capsys):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"MODEL_PATH": "absent.pt"}, "absent.pt: unusable"),
+        ({"MODEL_PATH": "absent.pt"}, "absent.pt: expected a regular file"),
         ({"RANK": "1"}, "cannot join the process group"),
     ],
 )
@@ -335,8 +338,9 @@ TTT_STREAM_CHUNK TRAIN_SEQ_LEN TRAIN_BATCH_TOKENS GRAD_ACCUM_STEPS NUM_LAYERS"""
 
 @pytest.mark.parametrize(("names", "value"), [(HUGE, str(10**18)), (ONE, "1")])
 def test_the_largest_and_the_smallest_settings_work(names, value, tmp_path, run_here):
-    for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin"):
-        write_shard(tmp_path / name, [1, *range(5, 30)] * 5)
+    text = tg.open_shard(CONFORMANCE / "fineweb_val_000000.bin")
+    write_shard(tmp_path / "fineweb_val_000000.bin", text[:100])
+    write_shard(tmp_path / "fineweb_train_000000.bin", text[:130])
     short = {"TTT_EVAL_SEQ_LEN": "64", "COMPILE": "0", "ITERATIONS": "1"}
     short["DATA_PATH"] = str(tmp_path)
     ended = run_here(tmp_path, **short | dict.fromkeys(names.split(), value))

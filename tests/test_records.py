@@ -122,7 +122,7 @@ hardware: {hardware}
 preset:{preset} device:{device} world_size:{world_size} dtype:{dtype}
 sha256 script:{script_hash}
 sha256 tokenizer:{tokenizer_hash}
-sha256 val:{val_hashes[fineweb_val_my own.bin]} fineweb_val_my own.bin
+sha256 val:{val_hashes[fineweb_val_000000.bin]} fineweb_val_000000.bin
 sha256 artifact:{artifact_hash} final_model.int8.ptz
 step:10/12 train_loss:{training[9].loss:.4f} train_time:{training[9].milliseconds}ms
 step:12/12 val_loss:{validation[0].loss:.4f} val_bpb
