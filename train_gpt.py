@@ -488,6 +488,10 @@ def join_ranks(cfg: Config):
 
 def set_up_backends(device: torch.device, dtype: torch.dtype):
     """Set the performance flags of PyTorch and malloc."""
+    try:
+        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "."), exist_ok=True)
+    except OSError:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]  # PyTorch would fail where it makes a first model
     if device.type == "cuda":
         is_fp32 = dtype == torch.float32
         torch.backends.cuda.matmul.allow_tf32 = not is_fp32

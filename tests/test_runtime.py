@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_forked, tiny_config
+from conftest import ROOT, run_forked, run_script, tiny_config
 
 import train_gpt as tg
 
@@ -85,6 +85,12 @@ def test_an_unwritable_out_dir_is_refused(tmp_path):
     assert re.fullmatch(
         f"error: rank 0: OUT_DIR={tmp_path}/file/inner: .*Not a directory.*\n", done.stderr
     )
+
+
+def test_a_compiler_cache_that_cannot_be_made_stops_nothing(tmp_path):
+    done = run_script(tmp_path, TORCHINDUCTOR_CACHE_DIR="/proc/nowhere", EVAL="flat", COMPILE="1")
+    assert done.returncode == 0, done.stderr
+    assert "\ncompile:" in done.stdout
 
 
 # What two ranks compute together, in place of a run.
