@@ -67,7 +67,7 @@ from tqdm import tqdm
 # ==== Config ======================================================================================
 # Every setting, its default, and the values it accepts.
 
-RUNGS = ("flat", "doc", "stride", "ttt", "stream")
+RUNGS = ("flat", "doc", "stride", "ttt", "stream", "stride+copy", "mix")
 TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "fc", "mlp.proj", "lm_head")
 MAX_LAYERS = 300
 
@@ -96,7 +96,6 @@ PRESETS = {
         "val_loss_every": 0,
         "train_log_every": 50,
         "checkpoint_every": 100,
-        "eval": RUNGS,
         "ttt_eval_seq_len": 512,
         "ttt_batch_size": 16,
     },
@@ -223,18 +222,18 @@ class Config:
     adam_eps: float = decisive(1e-8, "Adam")
     grad_clip_norm: float = decisive(0.0, "gradient clipping by global norm; 0: none")
     # Evaluation and test-time training
-    eval: tuple[str, ...] = setting(
-        ("flat", "ttt", "stream"), "evaluation conditions, in order", choices=RUNGS
-    )
+    eval: tuple[str, ...] = setting(RUNGS, "evaluation conditions, in order", choices=RUNGS)
     ttt_lora_rank: int = setting(8, "ttt: adapter rank", 1, 1024)
     ttt_lora_lr: float = setting(0.01, "ttt: Adam learning rate")
     ttt_chunk_size: int = setting(256, "ttt: tokens scored, then trained on, per step", 1, 65536)
     ttt_eval_seq_len: int = setting(1024, "maximum context length", 1, 65536)
     ttt_batch_size: int = setting(64, "documents per batch", 1)
     ttt_stream_chunk: int = setting(
-        64, "stream: tokens scored, then trained on, per step", 1, 65536
+        32, "stream: tokens scored, then trained on, per step", 1, 65536
     )
-    ttt_stream_lr: float = setting(0.0045, "stream: initial Adam learning rate")
+    ttt_stream_lr: str = setting(
+        "auto", "stream: initial Adam learning rate; auto: found on training text, see calibration"
+    )
     ttt_stream_rank: int = setting(32, "stream: adapter rank", 1, 1024)
     ttt_stream_targets: tuple[str, ...] = setting(
         TARGETS[3:], "stream: projections that get adapters", choices=TARGETS
@@ -358,6 +357,8 @@ def check_config(cfg: Config, world: int):
         cfg.model_path or not cfg.eval_only,
         "EVAL_ONLY=1: found no MODEL_PATH, expected the .ptz or .pt file to score",
     )
+    if cfg.ttt_stream_lr != "auto":
+        parse_setting("TTT_STREAM_LR", cfg.ttt_stream_lr, setting(0.0, ""))
     window = cfg.ttt_eval_seq_len
     longest = max(cfg.ttt_chunk_size, cfg.ttt_stream_chunk)
     require(
@@ -1573,7 +1574,11 @@ class DocumentAdapters:
 
 
 # ==== Evaluation ==================================================================================
-# Every condition is a set of options for one loop, which scores first and then learns.
+# Every condition is a set of options for one loop, which scores first and then learns; mixtures
+# average what several of them predict.
+
+SAFE_RATE = 0.0005  # of `stream` without calibration: no model tried loses by it (records/NOTES.md)
+ORDERS = 7  # the copy model's contexts: of 0 to 6 tokens
 
 
 @dataclass(frozen=True)
@@ -1587,6 +1592,12 @@ class Condition:
     stream: bool = False  # feed only the chunk; a `KVCache` holds earlier tokens
     isolated: bool = True  # False: rows of fixed length instead of documents
     final: str = ""  # the record's name for this score in a log line of its own
+    experts: tuple = ()  # of a `Mixture`
+
+    @property
+    def lead(self) -> Condition:
+        """Itself; see `Mixture`."""
+        return self
 
     def spans(self, docs: Documents) -> tuple[ndarray, ndarray]:
         """(starts, number of predictions) of each document, or of each row of the stream."""
@@ -1596,8 +1607,30 @@ class Condition:
         return rows, np.full_like(rows, self.chunk)
 
 
-def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict:
-    """The conditions that EVAL can name, by name."""
+@dataclass(frozen=True)
+class Mixture:
+    """Conditions whose probabilities are averaged, with fixed weights for each length of a match."""
+
+    experts: tuple  # of `Condition`; the last one is COPY
+    weights: tuple  # by longest match (see `copy_model`), then by expert
+    final: str = ""
+    learner: None = None  # only the experts learn
+
+    @property
+    def lead(self) -> Condition:
+        """The expert before the last, whose chunks and windows stand for the mixture's."""
+        return self.experts[-2]
+
+
+COPY = "copy"  # the copy model, as an expert
+MIXTURES = {"stride+copy": ("stride", COPY), "mix": ("stride", "stream", COPY)}
+
+
+def ladder(docs: Documents, model: GPT, rt: Runtime) -> dict:
+    """The conditions that EVAL can name, by name; mixtures only if calibration gave them weights."""
+    cfg = model.cfg
+    found = model.made_with.get("calibration", {})
+    rate = found.get("rate", SAFE_RATE) if cfg.ttt_stream_lr == "auto" else cfg.ttt_stream_lr
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)  # shorter if the stream is
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
     chunk = cfg.ttt_chunk_size
@@ -1608,13 +1641,13 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict:
     streamer = Learner(
         cfg.ttt_stream_targets,
         cfg.ttt_stream_rank,
-        cfg.ttt_stream_lr,
+        float(rate),
         beta1=0.0,
         beta2=0.99,
         init_scale=4.0,
         decay=0.2,
     )
-    return {
+    rungs = {
         "flat": Condition(row, row, rows, isolated=False, final="final_int8_zlib_roundtrip"),
         "doc": Condition(window, window, batch),
         "stride": Condition(chunk, window, batch),
@@ -1628,6 +1661,11 @@ def ladder(docs: Documents, cfg: Config, rt: Runtime) -> dict:
             final="final_int8_ttt_stream",
         ),
     }
+    for name, weights in found.get("weights", {}).items():
+        experts = tuple(rungs.get(expert, COPY) for expert in MIXTURES[name])
+        final = "final_int8_ttt_mix" if name == "mix" else ""
+        rungs[name] = Mixture(experts, tuple(map(tuple, weights)), final)
+    return rungs
 
 
 class Chunk(NamedTuple):
@@ -1776,6 +1814,88 @@ def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     return rt.sum(ledger)
 
 
+def sum_earlier(keys: Tensor, values: Tensor) -> Tensor:
+    """For each entry, the sum of `values` over earlier entries with the same key; all (n,) int64."""
+    order = keys.argsort(stable=True)
+    ordered = keys[order]
+    sums = values[order].cumsum(0) - values[order]
+    sums -= sums[torch.searchsorted(ordered, ordered)]  # less what came before this key
+    return torch.empty_like(sums).scatter_(0, order, sums)
+
+
+def copy_model(
+    inputs: Tensor, targets: Tensor, document: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Probability of each target by counts of its document's earlier targets, (n,) fp64.
+
+    All arguments but the last are (n,) int64. After each context of 0 to 6 tokens, counts are
+    blended with the prediction of the next shorter context: prediction by partial matching (Moffat
+    1990) with escapes that grow with the kinds of targets seen (Witten and Bell 1991). Also returns
+    the length of the longest context seen before, (n,) int64.
+    """
+    ones = torch.ones_like(inputs)
+    opens = document != document.roll(1)
+    opens[0] = True
+    context = document
+    longest = torch.zeros_like(inputs)
+    p = 1 / vocab_size
+    for order in range(ORDERS):
+        if order:
+            before = context.roll(1)
+            before[opens] = -1 - document[opens]  # no context reaches beyond the document
+            context = torch.unique(before * vocab_size + inputs, return_inverse=True)[1]
+        seen = sum_earlier(context, ones)
+        count = sum_earlier(context * vocab_size + targets, ones)
+        kinds = sum_earlier(context, (count == 0).long())
+        escape = 0.6 * kinds.double() + 0.2 if order else 0.5 * vocab_size
+        p = (count + escape * p) / (seen + escape)
+        longest[seen > 0] = order
+    return p, longest
+
+
+def copy_losses(docs: Documents, vocab_size: int, rt: Runtime) -> Tensor:
+    """Each position's loss under the copy model, how often it was scored, and its longest match.
+
+    (3, n - 1) fp32, the same on every rank. Ranks split the documents, in groups of about 4M tokens.
+    """
+    ledger = torch.zeros(3, len(docs.tokens) - 1, device=rt.device)
+    cuts = np.flatnonzero(np.diff(docs.starts >> 22)) + 1
+    for group in np.array_split(np.arange(len(docs.starts)), cuts)[rt.rank :: rt.world]:
+        begin = docs.starts[group[0]]
+        end = docs.starts[group[-1]] + docs.predictions[group[-1]]
+        tokens = docs.tokens[begin : end + 1].long()
+        # Documents may be apart by one position, that of a last target.
+        lengths = np.diff(docs.starts[group], append=end)
+        document = rt.upload(np.repeat(group, lengths))
+        p, longest = copy_model(tokens[:-1], tokens[1:], document, vocab_size)
+        ledger[:, begin:end] = torch.stack((-p.log(), torch.ones_like(p), longest))
+    return rt.sum(ledger)
+
+
+def score_tokens(model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict) -> Tensor:
+    """Each position's loss under a condition or mixture, and how often it was scored, as above.
+
+    (2, n - 1) fp32 on the CPU. `known` keeps what was computed, for mixtures that need it again.
+    """
+    if how in known:
+        return known[how]
+    if how == COPY:
+        ledger = copy_losses(docs, model.cfg.vocab_size, rt)
+    elif isinstance(how, Condition):
+        ledger = score_documents(model, docs, how, rt)
+    else:
+        parts = [score_tokens(model, docs, expert, rt, known) for expert in how.experts]
+        weights = torch.tensor(how.weights, dtype=torch.float64, device="cpu")
+        weights = weights / weights.sum(1, keepdim=True)
+        match = parts[-1][2].long()
+        losses = torch.stack([part[0] for part in parts], dim=1).double()
+        mixed = -(weights.log()[match] - losses).logsumexp(1)
+        times = parts[0][1]
+        ledger = torch.stack((mixed * times, times)).float()
+    known[how] = ledger.cpu()
+    return known[how]
+
+
 @dataclass
 class Score:
     """Cross-entropy of the scored tokens; a table with one row per piece of a document."""
@@ -1837,15 +1957,104 @@ def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Sco
     return Score(columns, np.where(times, losses, np.nan))
 
 
-def evaluate(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> Score:
-    """The score of the validation stream under one condition, the same on every rank."""
-    losses, times = score_documents(model, docs, how, rt).cpu().numpy()
-    rt.together(lambda: check_coverage(losses, times, docs, how))
+def evaluate(
+    model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict | None = None
+) -> Score:
+    """The score of the validation stream under one condition or mixture, the same on every rank."""
+    losses, times = score_tokens(model, docs, how, rt, {} if known is None else known).numpy()[:2]
+    rt.together(lambda: check_coverage(losses, times, docs, how.lead))
     return tabulate(losses, times, docs, model.cfg.ttt_chunk_size)
 
 
 # ==== Calibration =================================================================================
-# Statistics from training text, for the quantizer.
+# What is measured on training text: for test-time training, and for the quantizer.
+
+
+def last_documents(stream: TokenStream, bos: int, longest: int, total: int) -> Documents:
+    """The last documents of the training text, each cut to `longest` targets, up to `total` in all."""
+    size = min(stream.begins[-1], 2**18)
+    tokens = stream.read(stream.begins[-1] - size, size)
+    starts = np.flatnonzero(tokens == bos)
+    predictions = np.minimum(np.diff(starts, append=size - 1), longest)
+    kept = predictions[::-1].cumsum()[::-1] <= total
+    kept &= predictions > 0
+    predictions = predictions[kept]
+    spans = zip(starts[kept], predictions, strict=True)
+    parts = [tokens[start : start + count + 1] for start, count in spans]
+    text = torch.from_numpy(np.concatenate(parts)).int()
+    starts = np.cumsum(predictions + 1) - predictions - 1
+    return Documents(text, torch.ones_like(text)[1:], starts, predictions)
+
+
+def find_rate(losses: dict, measure: Callable) -> float:
+    """The learning rate of least loss: a coarse search, its best's neighbours, a parabola.
+
+    `measure` adds the losses of a list of rates to `losses`, as long as there is time.
+    """
+    measure([0.0, 0.00007, 0.00028, 0.00112, 0.00448])
+    best = min(losses, key=losses.get, default=SAFE_RATE)
+    measure([best / 2, best * 2])
+    if best == 0 or not {best / 2, best, best * 2} <= losses.keys():
+        return best
+    below, middle, above = (losses[best * factor] for factor in (0.5, 1, 2))
+    bend = below - 2 * middle + above
+    shift = (below - above) / (2 * bend) if bend > 0 else 0.0
+    return best * 2 ** max(-1.0, min(1.0, shift))
+
+
+def fit_weights(losses: Tensor, match: Tensor) -> list:
+    """Weights of experts for each length of a match, by expectation maximisation.
+
+    losses (n, K), match (n,) -> ORDERS lists of K. Two more targets, shared equally, keep a rare
+    length near equal weights.
+    """
+    experts = losses.size(1)
+    weights = torch.full((ORDERS, experts), 1 / experts, dtype=losses.dtype)
+    for _ in range(10):
+        shares = (weights.log()[match] - losses).softmax(1)
+        counts = torch.full_like(weights, 2 / experts).index_add_(0, match, shares)
+        weights = counts / counts.sum(1, keepdim=True)
+    return weights.tolist()
+
+
+def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLog) -> dict:
+    """The rate of `stream` and the weights of the mixtures, found on the end of the training text.
+
+    Stops at the stream's deadline: what is then missing is left out.
+    """
+    began = rt.seconds()
+    docs = last_documents(stream, bos, 512, 2**14)
+    how = ladder(docs, model, rt)["stream"]
+    losses = {}
+
+    def has_time() -> bool:
+        return rt.maximum(time.perf_counter() - stream.deadline)[0] < 0
+
+    def measure(rates: list):
+        for rate in rates:
+            if rate not in losses and has_time():
+                learner = replace(how.learner, lr=rate)
+                found = score_documents(model, docs, replace(how, learner=learner), rt)
+                losses[rate] = found[0].sum().item()
+
+    rate = find_rate(losses, measure)
+    found = {"rate": rate, "weights": {}}
+    model.made_with["calibration"] = found
+    if has_time():
+        docs = last_documents(stream, bos, 4096, 20_000)
+        rungs = ladder(docs, model, rt)
+        known = {}
+        for name, experts in MIXTURES.items():
+            parts = [score_tokens(model, docs, rungs.get(e, COPY), rt, known) for e in experts]
+            is_scored = parts[0][1] > 0
+            columns = torch.stack([part[0][is_scored] for part in parts], dim=1).double()
+            found["weights"][name] = fit_weights(columns, parts[-1][2][is_scored].long())
+    left = stream.deadline - time.perf_counter()
+    seen = stream.position > stream.begins[-1] - 2**18
+    log.line(
+        f"calibration: rate:{rate:.6f} rates_tried:{len(losses)} weights:{len(found['weights'])}"
+        f" trained_on:{int(seen)} time:{rt.seconds() - began:.1f}s before_time_limit:{left:.1f}s"
+    )
 
 
 class MatrixStats(NamedTuple):
@@ -1859,7 +2068,9 @@ class MatrixStats(NamedTuple):
     slopes: Tensor  # S (out,)
 
 
-def calibrate(model: GPT, stream: TokenStream, rows: int, log: RunLog, length: int = 256) -> dict:
+def measure_matrices(
+    model: GPT, stream: TokenStream, rows: int, log: RunLog, length: int = 256
+) -> dict:
     """Statistics of every matrix that is used in a forward pass, by name.
 
     Uses `rows` rows of `length` tokens, evenly spaced over the training shards, on the CPU for
@@ -1883,7 +2094,7 @@ def calibrate(model: GPT, stream: TokenStream, rows: int, log: RunLog, length: i
         model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
         used += len(spans)
     left = stream.deadline - time.perf_counter()
-    log.line(f"calibration: rows:{used} of:{rows} before_time_limit:{left:.1f}s")
+    log.line(f"quantizer statistics: rows:{used} of:{rows} before_time_limit:{left:.1f}s")
     for stat in stats.values():
         for sums in stat:
             sums.div_(used * length)
@@ -2049,7 +2260,7 @@ def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> b
         "a finite model and training shards that match it; no artifact was written",
     ):
         require(stream.shards, "no training shards")
-        stats = calibrate(model, stream, rows, log)
+        stats = measure_matrices(model, stream, rows, log)
         plans = {name: plan_rounding(state[name], stat) for name, stat in stats.items()}
 
     def artifact_at(unit: float) -> bytes:
@@ -2204,6 +2415,10 @@ def load_model(path: str | Path, cfg: Config) -> GPT:
         GPT(cfg, dtype).load_state_dict(state, assign=True)
     model = build_model(cfg, dtype)
     model.load_state_dict(state)
+    with refusing(path, "the calibration of this script"):
+        for name, weights in made_with.get("calibration", {}).get("weights", {}).items():
+            shape = (ORDERS, len(MIXTURES[name]))
+            require(torch.tensor(weights).shape == shape, f"weights of {name}")
     model.made_with = made_with
     return model
 
@@ -2279,7 +2494,7 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     )
 
 
-def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> str:
+def audit_causality(model: GPT, docs: Documents, audited: Any, rt: Runtime) -> str:
     """Score three documents twice, the second time with later tokens and another document changed.
 
     In the second pass document 2 is random; documents 1 and 3 are random after a cut. Scores before
@@ -2289,6 +2504,7 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     Cuts fall inside the last chunk that is learned from, to catch learning before scoring (unless
     chunks are single tokens). Returns this rank's counts.
     """
+    how = audited.lead
     # Fewer than three documents are repeated.
     picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3)
     most = np.array([how.window // how.chunk + 2] * 2 + [2]) * how.chunk
@@ -2307,12 +2523,16 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     altered = torch.where(rt.upload(kept), tokens, rt.upload(noise).int())
     compared = rt.upload(kept[:-1] & kept[1:])  # position p predicts token p + 1 from token p
     alone = replace(rt, rank=0, world=1, show_progress=False)
-    how = replace(how, batch=2, isolated=True)
+    if audited.experts:
+        pairs = [replace(expert, batch=2) for expert in audited.experts[:-1]]
+        audited = replace(audited, experts=(*pairs, COPY))
+    else:
+        audited = replace(how, batch=2, isolated=True)
     scores = []
     for version in (tokens, altered):
         few = replace(docs, tokens=version, starts=starts, predictions=predictions)
-        losses, _ = score_documents(model, few, how, alone)
-        scores.append(losses[compared])
+        losses = score_tokens(model, few, audited, alone, {})[0]
+        scores.append(losses[compared.cpu()])
     moved = (scores[0] - scores[1]).abs().max().item() if len(scores[0]) else 0.0
     require(
         moved <= rt.score_noise,  # nan fails, too
@@ -2648,7 +2868,7 @@ def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
     tokens = np.concatenate(val_shards)
     docs = split_documents(tokens, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
     log.line(f"audit bytes: {audit_bytes(docs, table, tokenizer)} PASS")
-    model.made_with = {
+    model.made_with |= {
         "settings": {name: spell(getattr(cfg, spec.name)) for name, spec in TRAVELLING.items()},
         "tokenizer": tokenizer_hash,
         "train_seq_len": cfg.train_seq_len,
@@ -2695,11 +2915,15 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
     log.line(f"model_params:{count} num_layers:{cfg.num_layers} model_dim:{cfg.model_dim}")
     trainer = None
     if not cfg.eval_only:
-        flat = ladder(docs, cfg, rt)["flat"]
+        flat = ladder(docs, model, rt)["flat"]
         trainer = Trainer(model, stream, rt, log, hashes)
         if cfg.resume:
             trainer.resume()
         train(trainer, lambda: evaluate(model, docs, flat, rt))
+    if trainer or (stream.shards and "calibration" not in model.made_with):
+        if cfg.eval_only:
+            log.line("calibration: on training text, which the rules forbid after training")
+        calibrate(model, stream, int(docs.tokens[docs.starts[0]]), rt, log)
     if trainer or log.artifact.suffix != ".ptz":
         # Before any long evaluation, which must not lose a trained model.
         with rt.signals.deferred():
@@ -2732,26 +2956,42 @@ def score_artifact(model: GPT, docs: Documents, rt: Runtime, log: RunLog):
     cfg = model.cfg
     model.load_state_dict(rt.from_rank0(lambda: read_artifact(cfg, log)))
     log.line(
-        "conditions: causal (audit causality), normalised (softmax over the vocabulary,"
-        " tests/test_model.py), score first (audit causality), one pass (audit coverage)"
+        "conditions: causal (audit causality), normalised (softmax over the vocabulary, mixed"
+        " with weights that sum to 1; tests/test_model.py, tests/test_evaluation.py), score first"
+        " (audit causality), one pass (audit coverage)"
     )
+    rungs = ladder(docs, model, rt)
+    missing = ", ".join(name for name in cfg.eval if name not in rungs)
+    if missing:
+        problem = (
+            f"{missing}: {log.artifact} has no weights for mixtures, DATA_PATH no training text"
+        )
+        require("EVAL" not in os.environ, f"EVAL={problem}; expected one of them; leave these out")
+        log.line(f"left out of EVAL: {problem}")
+    names = [name for name in cfg.eval if name in rungs]
     scores = {}
+    known = {}
+    spent = {}  # seconds by condition or expert
     total = 0.0
-    rungs = ladder(docs, cfg, rt)
-    last = cfg.eval[-1]
-    for name in cfg.eval:
+    for name in names:
         how = rungs[name]
         began = rt.seconds()
-        if how.learner or name == last:
+        if how.learner or how.experts or name == names[-1]:
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, rt))
-            spent = 1000 * (rt.seconds() - began)
-            log.line(f"audit causality: condition:{name} {compared} time:{spent:.0f}ms PASS")
-        audited = rt.seconds()
-        scores[name] = evaluate(model, docs, how, rt)
-        ended = rt.seconds()
-        report_condition(name, how, scores[name], scores[cfg.eval[0]], ended - audited, docs, log)
-        if name in ("flat", last):
-            total += ended - began
+            milliseconds = 1000 * (rt.seconds() - began)
+            log.line(f"audit causality: condition:{name} {compared} time:{milliseconds:.0f}ms PASS")
+        auditing = rt.seconds() - began
+        parts = (*how.experts, how)
+        for part in parts:
+            if part not in spent:
+                began = rt.seconds()
+                score_tokens(model, docs, part, rt, known)
+                spent[part] = rt.seconds() - began
+        scores[name] = evaluate(model, docs, how, rt, known)
+        seconds = sum(spent[part] for part in parts)
+        report_condition(name, how, scores[name], scores[names[0]], seconds, docs, log)
+        if name in ("flat", names[-1]):
+            total += auditing + seconds
     verdict = ""
     if cfg.preset == "baseline":
         verdict = " limit:600s PASS" if total <= 600 else " limit:600s FAIL"
@@ -2771,7 +3011,7 @@ def report_condition(
     log: RunLog,
 ):
     """Log coverage and score: for people, in the old tools' format, and as JSON."""
-    before = int(docs.starts[0]) if how.isolated else 0
+    before = int(docs.starts[0]) if how.lead.isolated else 0
     targets = len(docs.tokens) - 1
     log.line(
         f"audit coverage: condition:{name} targets:{targets + docs.beyond_limit}"
@@ -2784,7 +3024,7 @@ def report_condition(
     log.line(
         f"ladder condition:{name} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}"
         f" delta_bpb:{score.bpb - first.bpb:+.4f} docs:{documents} tokens:{score.tokens}"
-        f" bytes:{score.bytes} {spent}"
+        f" bytes:{score.bytes} {spent} experts:{','.join(MIXTURES.get(name, [name]))}"
     )
     result = {
         "condition": name,
