@@ -13,7 +13,7 @@ own LoRA adapters on text that is already scored, then discards them. A failed `
 run.
 
 Bands, each using only those above it: config, runtime, log, data and bytes, model, optimizers,
-adapters, evaluation, calibration, artifact, audits, training, main.
+adapters, evaluation, mixtures, calibration, artifact, audits, training, main.
 
 Shapes in docstrings: B batch rows (sequences or documents), T input tokens, S scored positions,
 D model dim, H query heads, G key/value heads, N head dim, R adapter rank, V vocabulary, C chunk
@@ -1592,12 +1592,9 @@ class Condition:
     stream: bool = False  # feed only the chunk; a `KVCache` holds earlier tokens
     isolated: bool = True  # False: rows of fixed length instead of documents
     final: str = ""  # the record's name for this score in a log line of its own
-    experts: tuple = ()  # of a `Mixture`
-
-    @property
-    def lead(self) -> Condition:
-        """Itself; see `Mixture`."""
-        return self
+    # A mixture averages the probabilities of other conditions; the last expert is COPY.
+    experts: tuple = ()
+    weights: tuple = ()  # by longest match (see `copy_model`), then by expert
 
     def spans(self, docs: Documents) -> tuple[ndarray, ndarray]:
         """(starts, number of predictions) of each document, or of each row of the stream."""
@@ -1605,21 +1602,6 @@ class Condition:
             return docs.starts, docs.predictions
         rows = np.arange(0, len(docs.tokens) - self.chunk, self.chunk)
         return rows, np.full_like(rows, self.chunk)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Conditions whose probabilities are averaged, with fixed weights for each length of a match."""
-
-    experts: tuple  # of `Condition`; the last one is COPY
-    weights: tuple  # by longest match (see `copy_model`), then by expert
-    final: str = ""
-    learner: None = None  # only the experts learn
-
-    @property
-    def lead(self) -> Condition:
-        """The expert before the last, whose chunks and windows stand for the mixture's."""
-        return self.experts[-2]
 
 
 COPY = "copy"  # the copy model, as an expert
@@ -1663,8 +1645,9 @@ def ladder(docs: Documents, model: GPT, rt: Runtime) -> dict:
     }
     for name, weights in found.get("weights", {}).items():
         experts = tuple(rungs.get(expert, COPY) for expert in MIXTURES[name])
+        rows = tuple(map(tuple, weights))
         final = "final_int8_ttt_mix" if name == "mix" else ""
-        rungs[name] = Mixture(experts, tuple(map(tuple, weights)), final)
+        rungs[name] = replace(experts[-2], experts=experts, weights=rows, final=final)
     return rungs
 
 
@@ -1814,6 +1797,71 @@ def score_documents(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     return rt.sum(ledger)
 
 
+@dataclass
+class Score:
+    """Cross-entropy of the scored tokens; a table with one row per piece of a document."""
+
+    # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
+    columns: dict
+    losses: ndarray  # (n - 1,) fp32, of every position of the stream; nan: not scored
+
+    def __post_init__(self):
+        self.nats = math.fsum(self.columns["loss_nats"])  # the same for any order of the pieces
+        self.tokens = int(self.columns["tokens"].sum())
+        self.bytes = int(self.columns["bytes"].sum())
+        self.loss = self.nats / self.tokens  # nats per token
+        self.bpb = self.nats / math.log(2) / self.bytes  # bits per UTF-8 byte
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
+
+
+def check_coverage(losses: ndarray, times: ndarray, docs: Documents, how: Condition):
+    """The audit of coverage: `UserError` unless `how` scored each position it covers exactly once.
+
+    No other position may have been scored, and every loss must be finite.
+    """
+    starts, predictions = how.spans(docs)
+    due = np.zeros_like(times)
+    due[starts[0] : starts[-1] + predictions[-1]] = 1
+    wrong = np.flatnonzero((times != due) | ~np.isfinite(losses))
+    if len(wrong):
+        p = wrong[0]
+        raise UserError(
+            f"audit coverage: position {p}: scored {times[p]:g} times, loss {losses[p]:g}; expected"
+            f" {due[p]:g} times and a finite loss"
+        )
+    scored = (docs.bytes.cpu().numpy() * times).any()
+    require(scored, "audit coverage: the scored tokens hold 0 bytes of text; check the tokenizer")
+
+
+def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Score:
+    """Sum losses (n - 1,) over pieces of `size` positions, the same for every condition.
+
+    Tokens before the first BOS count as document -1.
+    """
+    begins = np.unique(np.append(0, docs.starts))  # documents are contiguous
+    limits = np.append(begins, len(times))
+    edges = np.concatenate([np.arange(*span, size) for span in itertools.pairwise(limits)])
+    start = edges - begins[np.searchsorted(begins, edges, side="right") - 1]
+    sizes = docs.bytes.cpu().numpy() * times
+    columns = {
+        "doc": np.searchsorted(docs.starts, edges, side="right") - 1,
+        "chunk": start // size,
+        "start": start,
+        "tokens": np.add.reduceat(times, edges, dtype=np.int64),
+        "bytes": np.add.reduceat(sizes, edges, dtype=np.int64),
+        "loss_nats": np.add.reduceat(losses, edges, dtype=np.float64),
+    }
+    kept = columns["tokens"] > 0
+    columns = {name: column[kept] for name, column in columns.items()}
+    return Score(columns, np.where(times, losses, np.nan))
+
+
+# ==== Mixtures ====================================================================================
+# A copy model of each document, and what several conditions predict together.
+
+
 def sum_earlier(keys: Tensor, values: Tensor) -> Tensor:
     """For each entry, the sum of `values` over earlier entries with the same key; all (n,) int64."""
     order = keys.argsort(stable=True)
@@ -1881,7 +1929,7 @@ def score_tokens(model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict
         return known[how]
     if how == COPY:
         ledger = copy_losses(docs, model.cfg.vocab_size, rt)
-    elif isinstance(how, Condition):
+    elif not how.experts:
         ledger = score_documents(model, docs, how, rt)
     else:
         parts = [score_tokens(model, docs, expert, rt, known) for expert in how.experts]
@@ -1896,73 +1944,12 @@ def score_tokens(model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict
     return known[how]
 
 
-@dataclass
-class Score:
-    """Cross-entropy of the scored tokens; a table with one row per piece of a document."""
-
-    # doc, chunk, start (in the document), tokens, bytes: int64; loss_nats: float64
-    columns: dict
-    losses: ndarray  # (n - 1,) fp32, of every position of the stream; nan: not scored
-
-    def __post_init__(self):
-        self.nats = math.fsum(self.columns["loss_nats"])  # the same for any order of the pieces
-        self.tokens = int(self.columns["tokens"].sum())
-        self.bytes = int(self.columns["bytes"].sum())
-        self.loss = self.nats / self.tokens  # nats per token
-        self.bpb = self.nats / math.log(2) / self.bytes  # bits per UTF-8 byte
-
-    def __str__(self) -> str:
-        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
-
-
-def check_coverage(losses: ndarray, times: ndarray, docs: Documents, how: Condition):
-    """The audit of coverage: `UserError` unless `how` scored each position it covers exactly once.
-
-    No other position may have been scored, and every loss must be finite.
-    """
-    starts, predictions = how.spans(docs)
-    due = np.zeros_like(times)
-    due[starts[0] : starts[-1] + predictions[-1]] = 1
-    wrong = np.flatnonzero((times != due) | ~np.isfinite(losses))
-    if len(wrong):
-        p = wrong[0]
-        raise UserError(
-            f"audit coverage: position {p}: scored {times[p]:g} times, loss {losses[p]:g}; expected"
-            f" {due[p]:g} times and a finite loss"
-        )
-    scored = (docs.bytes.cpu().numpy() * times).any()
-    require(scored, "audit coverage: the scored tokens hold 0 bytes of text; check the tokenizer")
-
-
-def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Score:
-    """Sum losses (n - 1,) over pieces of `size` positions, the same for every condition.
-
-    Tokens before the first BOS count as document -1.
-    """
-    begins = np.unique(np.append(0, docs.starts))  # documents are contiguous
-    limits = np.append(begins, len(times))
-    edges = np.concatenate([np.arange(*span, size) for span in itertools.pairwise(limits)])
-    start = edges - begins[np.searchsorted(begins, edges, side="right") - 1]
-    sizes = docs.bytes.cpu().numpy() * times
-    columns = {
-        "doc": np.searchsorted(docs.starts, edges, side="right") - 1,
-        "chunk": start // size,
-        "start": start,
-        "tokens": np.add.reduceat(times, edges, dtype=np.int64),
-        "bytes": np.add.reduceat(sizes, edges, dtype=np.int64),
-        "loss_nats": np.add.reduceat(losses, edges, dtype=np.float64),
-    }
-    kept = columns["tokens"] > 0
-    columns = {name: column[kept] for name, column in columns.items()}
-    return Score(columns, np.where(times, losses, np.nan))
-
-
 def evaluate(
     model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict | None = None
 ) -> Score:
     """The score of the validation stream under one condition or mixture, the same on every rank."""
     losses, times = score_tokens(model, docs, how, rt, {} if known is None else known).numpy()[:2]
-    rt.together(lambda: check_coverage(losses, times, docs, how.lead))
+    rt.together(lambda: check_coverage(losses, times, docs, how))
     return tabulate(losses, times, docs, model.cfg.ttt_chunk_size)
 
 
@@ -2494,7 +2481,7 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
     )
 
 
-def audit_causality(model: GPT, docs: Documents, audited: Any, rt: Runtime) -> str:
+def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) -> str:
     """Score three documents twice, the second time with later tokens and another document changed.
 
     In the second pass document 2 is random; documents 1 and 3 are random after a cut. Scores before
@@ -2504,7 +2491,6 @@ def audit_causality(model: GPT, docs: Documents, audited: Any, rt: Runtime) -> s
     Cuts fall inside the last chunk that is learned from, to catch learning before scoring (unless
     chunks are single tokens). Returns this rank's counts.
     """
-    how = audited.lead
     # Fewer than three documents are repeated.
     picks = np.resize(np.argsort(-docs.predictions, kind="stable")[:3], 3)
     most = np.array([how.window // how.chunk + 2] * 2 + [2]) * how.chunk
@@ -2523,15 +2509,12 @@ def audit_causality(model: GPT, docs: Documents, audited: Any, rt: Runtime) -> s
     altered = torch.where(rt.upload(kept), tokens, rt.upload(noise).int())
     compared = rt.upload(kept[:-1] & kept[1:])  # position p predicts token p + 1 from token p
     alone = replace(rt, rank=0, world=1, show_progress=False)
-    if audited.experts:
-        pairs = [replace(expert, batch=2) for expert in audited.experts[:-1]]
-        audited = replace(audited, experts=(*pairs, COPY))
-    else:
-        audited = replace(how, batch=2, isolated=True)
+    pairs = [replace(expert, batch=2) for expert in how.experts[:-1]]
+    how = replace(how, batch=2, isolated=True, experts=(*pairs, *how.experts[-1:]))
     scores = []
     for version in (tokens, altered):
         few = replace(docs, tokens=version, starts=starts, predictions=predictions)
-        losses = score_tokens(model, few, audited, alone, {})[0]
+        losses = score_tokens(model, few, how, alone, {})[0]
         scores.append(losses[compared.cpu()])
     moved = (scores[0] - scores[1]).abs().max().item() if len(scores[0]) else 0.0
     require(
@@ -3011,7 +2994,7 @@ def report_condition(
     log: RunLog,
 ):
     """Log coverage and score: for people, in the old tools' format, and as JSON."""
-    before = int(docs.starts[0]) if how.lead.isolated else 0
+    before = int(docs.starts[0]) if how.isolated else 0
     targets = len(docs.tokens) - 1
     log.line(
         f"audit coverage: condition:{name} targets:{targets + docs.beyond_limit}"
