@@ -23,7 +23,7 @@ export CHECK_VERSION
 # Score a small artifact of this repository on every rung: all of the idea, no training. Seconds after the installation.
 quick: $(VENV)/runtime
 	EVAL_ONLY=1 MODEL_PATH=$(SMALL)/final_model.int8.ptz DATA_PATH=$(SMALL) PRESET=baseline \
-	  TRAIN_SEQ_LEN=512 EVAL=flat,doc,stride,ttt,stream OUT_DIR=out/quick $(BIN)/python train_gpt.py
+	  TRAIN_SEQ_LEN=512 OUT_DIR=out/quick $(BIN)/python train_gpt.py
 	echo && grep "^ladder" "$$(ls -t out/quick/logs/*.txt | head -n 1)"
 
 # Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 6 minutes on 2 cores

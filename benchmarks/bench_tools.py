@@ -48,7 +48,7 @@ class Bench:
 
     def condition(self, name: str) -> tg.Condition:
         """The condition that EVAL calls by this name."""
-        return tg.ladder(self.docs, self.model.cfg, self.rt)[name]
+        return tg.ladder(self.docs, self.model, self.rt)[name]
 
 
 def timed(work: Callable) -> tuple[float, Any]:

@@ -213,15 +213,15 @@ def print_times(cfg: tg.Config, repeats: int):
     print_head("what", "seconds", "bytes")
     seconds, blob = fastest(lambda: record_pack(record_content(state)), repeats)
     print_row("the record's: round, compress", f"{seconds:.1f}", len(blob))
-    calibrate = tg.calibrate
+    measure = tg.measure_matrices
     times = []
 
     def timed_calibrate(*arguments: Any) -> dict:
-        seconds, stats = timed(lambda: calibrate(*arguments))
+        seconds, stats = timed(lambda: measure(*arguments))
         times.append(seconds)
         return stats
 
-    with mock.patch.object(tg, "calibrate", timed_calibrate):
+    with mock.patch.object(tg, "measure_matrices", timed_calibrate):
         stream = training_stream(model)
         log = tg.RunLog(rank=1)  # says nothing
         seconds, blob = fastest(lambda: tg.fit_artifact(model, state, stream, log), repeats)

@@ -25,7 +25,7 @@ INK = "#22262b"
 QUIET = "#6b7280"
 FAINT = "#e3e6ea"
 # By place in the ladder, and again from the first one.
-COLOURS = ("#9aa3ad", "#6aa9d8", "#2b6cab", "#d9622b", "#4b9b6e", "#8a63b0")
+COLOURS = ("#9aa3ad", "#6aa9d8", "#2b6cab", "#d9622b", "#4b9b6e", "#b8912f", "#8a63b0")
 VALIDATION_COLOUR = "#d9622b"
 STYLE = {
     "axes.edgecolor": QUIET,

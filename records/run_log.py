@@ -31,6 +31,8 @@ LABELS = {
     "stride": "+ stride, windows that overlap",
     "ttt": "+ LoRA test-time training",
     "stream": "replaces ttt: a learning stream",
+    "stride+copy": "stride mixed with a copy model",
+    "mix": "stride, stream and copy mixed",
 }
 # Commands may give these values; the line `config:` has what the program chose instead.
 CHOSEN = {("PRESET", "auto"), ("DEVICE", "auto"), ("GRAD_ACCUM_STEPS", "0")}
@@ -53,7 +55,7 @@ FORMS = {
     "MODEL_PATH": ".*",
     "DATA_PATH": ".+",
     "SEED": r"\d+",
-    "EVAL": r"\w+(,\w+)*",
+    "EVAL": r"[\w+]+(,[\w+]+)*",
     "ITERATIONS": r"\d+",
     "MAX_VAL_DOCS": r"\d+",
     "TTT_CHUNK_SIZE": r"[1-9]\d*",
@@ -528,11 +530,12 @@ def read_result(last: Attempt, text: str) -> Result:
 
 def read_calibration(last: Attempt) -> float:
     """Return the seconds that were left when calibration ended. inf: no limit, no calibration."""
-    lines = last.all("calibration: ")
-    if not lines:
-        return math.inf
-    form = r"rows:\d+ of:\d+ before_time_limit:(-?\d+\.\d|inf)s"
-    return float(last.parse("calibration: ", lines[-1], form)[1])
+    left = math.inf
+    for prefix in ("calibration: rate:", "quantizer statistics: "):
+        for line in last.all(prefix):
+            form = r".* before_time_limit:(-?\d+\.\d|inf)s"
+            left = min(left, float(last.parse(prefix, line, form)[1]))
+    return left
 
 
 def read_eval_time(last: Attempt, preset: str, results: Sequence[Result]) -> tuple[float, str]:

@@ -121,7 +121,7 @@ def sample(options: argparse.Namespace) -> None:
     stream = np.array([*ids, bos], dtype=np.uint16)
     table = tg.ByteTable.build(tokenizer)
     docs = tg.split_documents(stream, bos, 0, table, rt.device)
-    how = tg.ladder(docs, model.cfg, rt)["stream"]
+    how = tg.ladder(docs, model, rt)["stream"]
     for learns in (False, True):
         choose = make_chooser(options.seed, options.temperature)
         state = read_prompt(model, ids, how, rt, learns)

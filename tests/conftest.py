@@ -40,6 +40,8 @@ TINY_RUN = TINY_SHAPE | {
     "ITERATIONS": "4",
     "WARMUP_STEPS": "1",
     "MAX_WALLCLOCK_SECONDS": "0",
+    "CALIBRATION_SECONDS": "1e-3",
+    "EVAL": "flat,ttt,stream",
     "VAL_LOSS_EVERY": "0",
     "VAL_BATCH_SIZE": "16384",
     "TTT_CHUNK_SIZE": "64",

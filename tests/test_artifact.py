@@ -108,7 +108,7 @@ def test_calibration_measures_every_matrix(rt, model, tied):
     uses send back.
     """
     model = tiny_model(replace(model.cfg, tie_embeddings=tied), rt)
-    found = tg.calibrate(model, training_stream(model.cfg), 3, tg.RunLog(), 30)
+    found = tg.measure_matrices(model, training_stream(model.cfg), 3, tg.RunLog(), 30)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     names = {p: name for name, p in model.named_parameters()}
     seen = {}
@@ -141,8 +141,8 @@ def test_calibration_ends_with_the_time(rt, model, capsys):
     model = tiny_model(replace(model.cfg, tie_embeddings=False), rt)
     stream = training_stream(model.cfg)
     stream.deadline = 0.0
-    stats = tg.calibrate(model, stream, 24, tg.RunLog(), 30)
-    assert "calibration: rows:8 of:24 before_time_limit:-" in capsys.readouterr().out
+    stats = tg.measure_matrices(model, stream, 24, tg.RunLog(), 30)
+    assert "quantizer statistics: rows:8 of:24 before_time_limit:-" in capsys.readouterr().out
     assert torch.allclose(stats["tok_emb.weight"].moments, torch.eye(32))
 
 

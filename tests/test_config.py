@@ -79,7 +79,11 @@ def test_micro_steps_keep_the_batch_whole(preset, world, accum):
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        ("EVAL", "flat,best", "some of flat, doc, stride, ttt, stream, none twice"),
+        (
+            "EVAL",
+            "flat,best",
+            "some of flat, doc, stride, ttt, stream, stride+copy, mix, none twice",
+        ),
         ("EVAL", "flat,flat", "none twice"),
         ("EVAL", "", "none twice"),
         ("ITERATIONS", "1.5", "a whole number from 0 to 1e+18"),

@@ -1,0 +1,185 @@
+"""The copy model, mixtures of it with others, and the calibration that finds their weights."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFORMANCE, CPU, tiny_config, tiny_documents, tiny_model, tiny_table
+
+import train_gpt as tg
+
+EXPERTS = {"stride+copy": 2, "mix": 3}
+
+
+def uneven_weights(experts, seed=0):
+    """Weights that differ by match and expert, and sum to 1."""
+    rows = np.random.default_rng(seed).dirichlet(np.ones(experts), tg.ORDERS)
+    return rows.tolist()
+
+
+def calibrated(rt, **settings):
+    """A small model that brings a rate and weights."""
+    model = tiny_model(tiny_config(**settings), rt)
+    weights = {name: uneven_weights(experts) for name, experts in EXPERTS.items()}
+    model.made_with = {"calibration": {"rate": 0.004, "weights": weights}}
+    return model
+
+
+def repetitive_documents(lengths):
+    """Documents of few different tokens, which repeat themselves."""
+    return tiny_documents(lengths, vocab_size=8)
+
+
+# -- the copy model ----------------------------------------------------------------------------
+
+
+def test_the_conformance_set_under_the_copy_model_alone(rt):
+    """The sum and the matches that a prototype gave, which counted in another way."""
+    stream = np.concatenate(tg.open_shards(str(CONFORMANCE), "val"))
+    docs = tg.split_documents(stream, 1, 0, tiny_table(1024), CPU)
+    losses, times, longest = tg.copy_losses(docs, 1024, rt).double()
+    assert losses.sum().item() == pytest.approx(64_087.40, abs=0.05)
+    assert times.eq(1).all()
+    assert longest.long().bincount().tolist() == [4134, 4223, 1484, 854, 580, 386, 2027]
+
+
+def count_by_hand(text, vocab_size):
+    """(p, longest match) of each target of a document, by looking back at every one before it."""
+    for i in range(len(text) - 1):
+        p = 1 / vocab_size
+        longest = 0
+        for order in range(tg.ORDERS):
+            context = text[i + 1 - order : i + 1]
+            if len(context) < order or i + 1 < order:
+                break
+            followers = [
+                text[j + 1] for j in range(order - 1, i) if text[j + 1 - order : j + 1] == context
+            ]
+            escape = 0.6 * len(set(followers)) + 0.2 if order else 0.5 * vocab_size
+            p = (followers.count(text[i + 1]) + escape * p) / (len(followers) + escape)
+            if followers:
+                longest = order
+        yield p, longest
+
+
+def test_copying_is_counting(rt):
+    """Within a document only, whatever the number of ranks and groups of documents."""
+    docs = repetitive_documents([40, 2, 70, 33])
+    expected = []
+    for start, count in zip(docs.starts, docs.predictions, strict=True):
+        text = docs.tokens[start : start + count + 1].tolist()
+        expected += count_by_hand(text, 8)
+    p, longest = np.array(expected).T
+    losses, _, match = tg.copy_losses(docs, 8, rt).numpy()
+    np.testing.assert_allclose(losses, -np.log(p), rtol=1e-5)
+    assert match.tolist() == longest.tolist() and match.max() == 6
+
+
+@pytest.mark.parametrize("length", [12, 60])
+def test_probabilities_sum_to_one(rt, length):
+    """Of the copy model and of both mixtures, for every possible last target of a document."""
+    model = calibrated(rt, vocab_size=8)
+    docs = repetitive_documents([length])
+    sums = dict.fromkeys(("copy", *EXPERTS), 0.0)
+    for target in range(8):
+        tokens = docs.tokens.clone()
+        tokens[docs.predictions[0]] = target
+        changed = replace(docs, tokens=tokens)
+        rungs = tg.ladder(changed, model, rt) | {"copy": tg.COPY}
+        for name in sums:
+            ledger = tg.score_tokens(model, changed, rungs[name], rt, {})
+            sums[name] += ledger[0, docs.predictions[0] - 1].double().neg().exp().item()
+    assert list(sums.values()) == pytest.approx([1.0] * 3, abs=1e-5)
+
+
+# -- mixtures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_is_its_experts_average(rt, name):
+    """With the weights of each position's longest match; every expert is computed once."""
+    model = calibrated(rt)
+    docs = tiny_documents([30, 9, 50], vocab_size=8)
+    rungs = tg.ladder(docs, model, rt)
+    known = {}
+    mixed, times = tg.score_tokens(model, docs, rungs[name], rt, known)
+    names = tg.MIXTURES[name]
+    ledgers = [known[rungs.get(expert, tg.COPY)] for expert in names]
+    weights = np.array(model.made_with["calibration"]["weights"][name])
+    for p in np.flatnonzero(times):
+        row = weights[int(ledgers[-1][2][p])]
+        expected = sum(
+            w * np.exp(-ledger[0][p].item()) for w, ledger in zip(row, ledgers, strict=True)
+        )
+        assert mixed[p].item() == pytest.approx(-np.log(expected), rel=1e-5)
+    assert times.eq(1).all() and len(known) == len(names) + 1
+
+
+def test_a_leak_of_the_copy_model_is_found(rt, monkeypatch):
+    model = calibrated(rt)
+    docs = repetitive_documents([50, 9, 60, 33, 40])
+    how = tg.ladder(docs, model, rt)["stride+copy"]
+    assert tg.audit_causality(model, docs, how, rt).startswith("documents:3 compared:")
+    monkeypatch.setattr(
+        tg, "sum_earlier", lambda keys, values: keys.bincount(minlength=1)[keys] * values
+    )
+    with pytest.raises(tg.UserError, match=r"audit causality: .*leaks|negative"):
+        tg.audit_causality(model, docs, how, rt)
+
+
+# -- calibration -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [0.0, 0.00011, 0.0007, 0.009])
+def test_the_rate_of_least_loss_is_found(best):
+    tried = {}
+
+    def measure(rates):
+        for rate in rates:
+            distance = np.log(max(rate, 1e-6) / best) if best else rate
+            tried[rate] = distance**2
+
+    assert tg.find_rate(tried, measure) == pytest.approx(best, rel=0.5)
+    assert len(tried) <= 8
+
+
+def test_without_time_the_safe_rate_stays():
+    assert tg.find_rate({}, lambda rates: None) == tg.SAFE_RATE
+
+
+def test_weights_follow_the_expert_that_predicts(rt):
+    """Where matches are long the second expert is right; a length that never occurs stays equal."""
+    losses = torch.tensor([[0.1, 3.0]] * 50 + [[3.0, 0.1]] * 50).double()
+    match = torch.tensor([0] * 50 + [6] * 50)
+    weights = np.array(tg.fit_weights(losses, match))
+    assert weights[0, 0] > 0.9 and weights[6, 1] > 0.9
+    assert weights[3].tolist() == [0.5, 0.5]
+    assert weights.sum(1) == pytest.approx(1)
+
+
+def test_the_last_documents_are_cut(rt):
+    parts = [[1, *range(5, 5 + n)] for n in (9, 3, 6, 4)]
+    stream = tg.TokenStream([np.array([*itertools.chain(*parts)])], 96)
+    docs = tg.last_documents(stream, 1, 5, 14)
+    texts = [
+        docs.tokens[start : start + count + 1].tolist()
+        for start, count in zip(docs.starts, docs.predictions, strict=True)
+    ]
+    # Two are cut to five targets, the last one ends with the stream.
+    assert texts == [[1, 5, 6, 7, 1], [1, 5, 6, 7, 8, 9], [1, 5, 6, 7, 8]]
+
+
+@pytest.mark.parametrize("has_time", [True, False])
+def test_calibration_finds_rate_and_weights_in_its_time(rt, capsys, has_time):
+    model = tiny_model(tiny_config(), rt)
+    tokens = np.concatenate([repetitive_documents([60] * 9).tokens.numpy(), [1]])
+    stream = tg.TokenStream([tokens], 96)
+    if not has_time:
+        stream.deadline = 0.0
+    tg.calibrate(model, stream, 1, rt, tg.RunLog())
+    found = model.made_with["calibration"]
+    assert ("mix" in found["weights"]) == has_time
+    assert (found["rate"] == tg.SAFE_RATE) == (not has_time)
+    assert f"calibration: rate:{found['rate']:.6f} rates_tried:" in capsys.readouterr().out
