@@ -1579,6 +1579,7 @@ class DocumentAdapters:
 
 SAFE_RATE = 0.0005  # of `stream` without calibration: no model tried loses by it (records/NOTES.md)
 ORDERS = 7  # the copy model's contexts: of 0 to 6 tokens
+MIXTURES = {"stride+copy": ("stride", "copy"), "mix": ("stride", "stream", "copy")}
 
 
 @dataclass(frozen=True)
@@ -1592,9 +1593,9 @@ class Condition:
     stream: bool = False  # feed only the chunk; a `KVCache` holds earlier tokens
     isolated: bool = True  # False: rows of fixed length instead of documents
     final: str = ""  # the record's name for this score in a log line of its own
-    # A mixture averages the probabilities of other conditions; the last expert is COPY.
+    # A mixture averages the probabilities of these conditions and of the copy model.
     experts: tuple = ()
-    weights: tuple = ()  # by longest match (see `copy_model`), then by expert
+    weights: Tensor | None = None  # (ORDERS, experts + 1), by longest match: see `copy_model`
 
     def spans(self, docs: Documents) -> tuple[ndarray, ndarray]:
         """(starts, number of predictions) of each document, or of each row of the stream."""
@@ -1602,10 +1603,6 @@ class Condition:
             return docs.starts, docs.predictions
         rows = np.arange(0, len(docs.tokens) - self.chunk, self.chunk)
         return rows, np.full_like(rows, self.chunk)
-
-
-COPY = "copy"  # the copy model, as an expert
-MIXTURES = {"stride+copy": ("stride", COPY), "mix": ("stride", "stream", COPY)}
 
 
 def ladder(docs: Documents, model: GPT, rt: Runtime) -> dict:
@@ -1644,10 +1641,9 @@ def ladder(docs: Documents, model: GPT, rt: Runtime) -> dict:
         ),
     }
     for name, weights in found.get("weights", {}).items():
-        experts = tuple(rungs.get(expert, COPY) for expert in MIXTURES[name])
-        rows = tuple(map(tuple, weights))
+        experts = tuple(rungs[expert] for expert in MIXTURES[name][:-1])
         final = "final_int8_ttt_mix" if name == "mix" else ""
-        rungs[name] = replace(experts[-2], experts=experts, weights=rows, final=final)
+        rungs[name] = replace(experts[-1], experts=experts, weights=weights, final=final)
     return rungs
 
 
@@ -1902,53 +1898,50 @@ def copy_model(
 
 
 def copy_losses(docs: Documents, vocab_size: int, rt: Runtime) -> Tensor:
-    """Each position's loss under the copy model, how often it was scored, and its longest match.
+    """Each position's loss under the copy model, and its longest match, (2, n - 1) fp32.
 
-    (3, n - 1) fp32, the same on every rank. Ranks split the documents, in groups of about 4M tokens.
+    The same on every rank. Ranks take turns at groups of documents.
     """
-    ledger = torch.zeros(3, len(docs.tokens) - 1, device=rt.device)
-    cuts = np.flatnonzero(np.diff(docs.starts >> 22)) + 1
-    for group in np.array_split(np.arange(len(docs.starts)), cuts)[rt.rank :: rt.world]:
-        begin = docs.starts[group[0]]
-        end = docs.starts[group[-1]] + docs.predictions[group[-1]]
+    ledger = torch.zeros(2, len(docs.tokens) - 1, device=rt.device)
+    size = 256
+    for first in range(size * rt.rank, len(docs.starts), size * rt.world):
+        starts = docs.starts[first : first + size]
+        begin = starts[0]
+        end = starts[-1] + docs.predictions[first : first + size][-1]
         tokens = docs.tokens[begin : end + 1].long()
-        # Documents may be apart by one position, that of a last target.
-        lengths = np.diff(docs.starts[group], append=end)
-        document = rt.upload(np.repeat(group, lengths))
+        # What lies between two documents follows the earlier one, and so changes no score.
+        document = rt.upload(np.repeat(starts, np.diff(starts, append=end)))
         p, longest = copy_model(tokens[:-1], tokens[1:], document, vocab_size)
-        ledger[:, begin:end] = torch.stack((-p.log(), torch.ones_like(p), longest))
+        ledger[:, begin:end] = torch.stack((-p.log(), longest))
     return rt.sum(ledger)
 
 
-def score_tokens(model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict) -> Tensor:
-    """Each position's loss under a condition or mixture, and how often it was scored, as above.
+def score_tokens(model: GPT, docs: Documents, how: Condition, rt: Runtime, known: dict) -> Tensor:
+    """Each position's loss under a condition or mixture, and how often it was scored.
 
     (2, n - 1) fp32 on the CPU. `known` keeps what was computed, for mixtures that need it again.
     """
     if how in known:
         return known[how]
-    if how == COPY:
-        ledger = copy_losses(docs, model.cfg.vocab_size, rt)
-    elif not how.experts:
-        ledger = score_documents(model, docs, how, rt)
-    else:
+    if how.experts:
         parts = [score_tokens(model, docs, expert, rt, known) for expert in how.experts]
-        weights = torch.tensor(how.weights, dtype=torch.float64, device="cpu")
-        weights = weights / weights.sum(1, keepdim=True)
-        match = parts[-1][2].long()
-        losses = torch.stack([part[0] for part in parts], dim=1).double()
-        mixed = -(weights.log()[match] - losses).logsumexp(1)
+        copied, match = copy_losses(docs, model.cfg.vocab_size, rt).cpu()
+        losses = torch.stack([*(part[0] for part in parts), copied], dim=1)
+        weights = how.weights / how.weights.sum(1, keepdim=True)
+        mixed = -(weights.log()[match.long()] - losses.double()).logsumexp(1)
         times = parts[0][1]
         ledger = torch.stack((mixed * times, times)).float()
-    known[how] = ledger.cpu()
-    return known[how]
+    else:
+        ledger = score_documents(model, docs, how, rt).cpu()
+    known[how] = ledger
+    return ledger
 
 
 def evaluate(
-    model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict | None = None
+    model: GPT, docs: Documents, how: Condition, rt: Runtime, known: dict | None = None
 ) -> Score:
     """The score of the validation stream under one condition or mixture, the same on every rank."""
-    losses, times = score_tokens(model, docs, how, rt, {} if known is None else known).numpy()[:2]
+    losses, times = score_tokens(model, docs, how, rt, {} if known is None else known).numpy()
     rt.together(lambda: check_coverage(losses, times, docs, how))
     return tabulate(losses, times, docs, model.cfg.ttt_chunk_size)
 
@@ -1956,44 +1949,47 @@ def evaluate(
 # ==== Calibration =================================================================================
 # What is measured on training text: for test-time training, and for the quantizer.
 
+TAIL = 2**18  # tokens at the end of the training text in which documents are looked for
 
-def last_documents(stream: TokenStream, bos: int, longest: int, total: int) -> Documents:
+
+def last_documents(
+    stream: TokenStream, bos: int, longest: int, total: int, rt: Runtime
+) -> Documents:
     """The last documents of the training text, each cut to `longest` targets, up to `total` in all."""
-    size = min(stream.begins[-1], 2**18)
+    size = min(stream.begins[-1], TAIL)
     tokens = stream.read(stream.begins[-1] - size, size)
-    starts = np.flatnonzero(tokens == bos)
+    is_start = tokens == bos
+    is_start[0] = True  # a document may be longer than what is read here
+    starts = np.flatnonzero(is_start)
     predictions = np.minimum(np.diff(starts, append=size - 1), longest)
-    kept = predictions[::-1].cumsum()[::-1] <= total
-    kept &= predictions > 0
-    predictions = predictions[kept]
-    spans = zip(starts[kept], predictions, strict=True)
-    parts = [tokens[start : start + count + 1] for start, count in spans]
-    text = torch.from_numpy(np.concatenate(parts)).int()
-    starts = np.cumsum(predictions + 1) - predictions - 1
-    return Documents(text, torch.ones_like(text)[1:], starts, predictions)
+    kept = (predictions > 0) & (predictions[::-1].cumsum()[::-1] <= total)
+    text = rt.upload(tokens)
+    return Documents(text, torch.ones_like(text)[1:], starts[kept], predictions[kept])
 
 
-def find_rate(losses: dict, measure: Callable) -> float:
+def find_rate(loss_at: Callable) -> float:
     """The learning rate of least loss: a coarse search, its best's neighbours, a parabola.
 
-    `measure` adds the losses of a list of rates to `losses`, as long as there is time.
+    `loss_at(rate)` is inf once there is no time left.
     """
-    measure([0.0, 0.00007, 0.00028, 0.00112, 0.00448])
-    best = min(losses, key=losses.get, default=SAFE_RATE)
-    measure([best / 2, best * 2])
-    if best == 0 or not {best / 2, best, best * 2} <= losses.keys():
-        return best
-    below, middle, above = (losses[best * factor] for factor in (0.5, 1, 2))
-    bend = below - 2 * middle + above
-    shift = (below - above) / (2 * bend) if bend > 0 else 0.0
+    losses = {rate: loss_at(rate) for rate in (0.0, 0.00007, 0.00028, 0.00112, 0.00448)}
+    best = min(losses, key=losses.get)
+    if losses[best] == math.inf:
+        return SAFE_RATE
+    below = loss_at(best / 2)
+    above = loss_at(best * 2)
+    bend = below - 2 * losses[best] + above
+    shift = 0.0
+    if 0 < bend < math.inf:
+        shift = (below - above) / (2 * bend)
     return best * 2 ** max(-1.0, min(1.0, shift))
 
 
-def fit_weights(losses: Tensor, match: Tensor) -> list:
+def fit_weights(losses: Tensor, match: Tensor) -> Tensor:
     """Weights of experts for each length of a match, by expectation maximisation.
 
-    losses (n, K), match (n,) -> ORDERS lists of K. Two more targets, shared equally, keep a rare
-    length near equal weights.
+    losses (n, K), match (n,) -> (ORDERS, K). Two more targets, shared equally, keep a rare length
+    near equal weights.
     """
     experts = losses.size(1)
     weights = torch.full((ORDERS, experts), 1 / experts, dtype=losses.dtype)
@@ -2001,45 +1997,46 @@ def fit_weights(losses: Tensor, match: Tensor) -> list:
         shares = (weights.log()[match] - losses).softmax(1)
         counts = torch.full_like(weights, 2 / experts).index_add_(0, match, shares)
         weights = counts / counts.sum(1, keepdim=True)
-    return weights.tolist()
+    return weights
 
 
-def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLog) -> dict:
-    """The rate of `stream` and the weights of the mixtures, found on the end of the training text.
+def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLog):
+    """Find the rate of `stream` and the weights of the mixtures on the end of the training text.
 
     Stops at the stream's deadline: what is then missing is left out.
     """
     began = rt.seconds()
-    docs = last_documents(stream, bos, 512, 2**14)
+    docs = last_documents(stream, bos, 512, 2**14, rt)
     how = ladder(docs, model, rt)["stream"]
-    losses = {}
+    tried = {}
 
     def has_time() -> bool:
         return rt.maximum(time.perf_counter() - stream.deadline)[0] < 0
 
-    def measure(rates: list):
-        for rate in rates:
-            if rate not in losses and has_time():
-                learner = replace(how.learner, lr=rate)
-                found = score_documents(model, docs, replace(how, learner=learner), rt)
-                losses[rate] = found[0].sum().item()
+    def loss_at(rate: float) -> float:
+        if rate not in tried and has_time():
+            learner = replace(how.learner, lr=rate)
+            ledger = score_documents(model, docs, replace(how, learner=learner), rt)
+            tried[rate] = ledger[0].sum().item()
+        return tried.get(rate, math.inf)
 
-    rate = find_rate(losses, measure)
-    found = {"rate": rate, "weights": {}}
-    model.made_with["calibration"] = found
+    rate = find_rate(loss_at)
+    weights = {}
+    model.made_with["calibration"] = {"rate": rate, "weights": weights}
     if has_time():
-        docs = last_documents(stream, bos, 4096, 20_000)
+        docs = last_documents(stream, bos, 4096, 20_000, rt)
         rungs = ladder(docs, model, rt)
-        known = {}
+        columns = {}
+        for name in ("stride", "stream"):
+            columns[name], times = score_documents(model, docs, rungs[name], rt).cpu()
+        columns["copy"], match = copy_losses(docs, model.cfg.vocab_size, rt).cpu()
         for name, experts in MIXTURES.items():
-            parts = [score_tokens(model, docs, rungs.get(e, COPY), rt, known) for e in experts]
-            is_scored = parts[0][1] > 0
-            columns = torch.stack([part[0][is_scored] for part in parts], dim=1).double()
-            found["weights"][name] = fit_weights(columns, parts[-1][2][is_scored].long())
+            losses = torch.stack([columns[expert] for expert in experts], dim=1).double()
+            weights[name] = fit_weights(losses[times > 0], match[times > 0].long())
     left = stream.deadline - time.perf_counter()
-    seen = stream.position > stream.begins[-1] - 2**18
+    seen = stream.position > stream.begins[-1] - TAIL
     log.line(
-        f"calibration: rate:{rate:.6f} rates_tried:{len(losses)} weights:{len(found['weights'])}"
+        f"calibration: rate:{rate:.6f} rates_tried:{len(tried)} weights:{len(weights)}"
         f" trained_on:{int(seen)} time:{rt.seconds() - began:.1f}s before_time_limit:{left:.1f}s"
     )
 
@@ -2400,12 +2397,11 @@ def load_model(path: str | Path, cfg: Config) -> GPT:
     # Shapes are compared without memory first: a few hundred bytes can claim to be of any size.
     with refusing(path, "the tensors of this model"), torch.device("meta"):
         GPT(cfg, dtype).load_state_dict(state, assign=True)
-    model = build_model(cfg, dtype)
-    model.load_state_dict(state)
-    with refusing(path, "the calibration of this script"):
         for name, weights in made_with.get("calibration", {}).get("weights", {}).items():
             shape = (ORDERS, len(MIXTURES[name]))
-            require(torch.tensor(weights).shape == shape, f"weights of {name}")
+            require(weights.shape == shape, f"weights of {name}")
+    model = build_model(cfg, dtype)
+    model.load_state_dict(state)
     model.made_with = made_with
     return model
 
@@ -2498,25 +2494,26 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     ends = np.cumsum(predictions + 1)
     starts = ends - predictions - 1
     spans = zip(docs.starts[picks], predictions, strict=True)
-    places = np.concatenate([start + np.arange(n + 1) for start, n in spans])
-    tokens = docs.tokens[rt.upload(places)]
-    kept = np.zeros(len(places), dtype=bool)
+    tokens = torch.cat([docs.tokens[start : start + n + 1] for start, n in spans])
+    noise = np.random.default_rng(0).integers(model.cfg.vocab_size, size=len(tokens))
+    altered = rt.upload(noise).int()
+    compared = np.zeros(len(tokens) - 1, dtype=bool)
     for start, n in ((starts[0], predictions[0]), (starts[2], predictions[2])):
         lesson = (n - 1) // how.chunk - 1  # the last chunk that is learned from; -1: none
-        cut = lesson * how.chunk + (how.chunk + 1) // 2 if lesson >= 0 else n // 2
-        kept[start : start + cut + 1] = True
-    noise = np.random.default_rng(0).integers(model.cfg.vocab_size, size=len(places))
-    altered = torch.where(rt.upload(kept), tokens, rt.upload(noise).int())
-    compared = rt.upload(kept[:-1] & kept[1:])  # position p predicts token p + 1 from token p
+        cut = start + n // 2
+        if lesson >= 0:
+            cut = start + lesson * how.chunk + (how.chunk + 1) // 2
+        altered[start : cut + 1] = tokens[start : cut + 1]
+        compared[start:cut] = True
     alone = replace(rt, rank=0, world=1, show_progress=False)
-    pairs = [replace(expert, batch=2) for expert in how.experts[:-1]]
-    how = replace(how, batch=2, isolated=True, experts=(*pairs, *how.experts[-1:]))
+    pairs = tuple(replace(expert, batch=2) for expert in how.experts)
+    how = replace(how, batch=2, isolated=True, experts=pairs)
     scores = []
     for version in (tokens, altered):
         few = replace(docs, tokens=version, starts=starts, predictions=predictions)
         losses = score_tokens(model, few, how, alone, {})[0]
-        scores.append(losses[compared.cpu()])
-    moved = (scores[0] - scores[1]).abs().max().item() if len(scores[0]) else 0.0
+        scores.append(losses.numpy()[compared])
+    moved = np.abs(scores[0] - scores[1]).max(initial=0.0)
     require(
         moved <= rt.score_noise,  # nan fails, too
         f"audit causality: later tokens or other documents moved scores by up to {moved:g} nats,"
