@@ -913,7 +913,7 @@ def fingerprint(shard: ndarray) -> str:
 
 def check_ids(tokens: ndarray, shard: ndarray, vocab_size: int):
     """Raise `OSError` for an id beyond the vocabulary: in training a rank may find it alone."""
-    top = int(tokens.max())
+    top = tokens.max()
     if top >= vocab_size:
         raise OSError(
             f"{shard.filename}: token id {top}, expected at most {vocab_size - 1}; use its own"
@@ -1114,7 +1114,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
     outputs = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
-        future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device)
+        future = q.new_full((end - begin, end), -math.inf)
         queries = grouped[:, :, begin:end]
         keys = k[:, :end]
         mask = future.triu(begin + 1).repeat(queries.size(1), 1)
@@ -1166,8 +1166,7 @@ class KVCache:
         queries = times[self.window :]
         age = queries[:, None] - times
         hidden = (age < 0) | (age >= self.window) | (times < began[:, None, None])
-        self.mask = torch.zeros(hidden.shape, dtype=self.rt.dtype, device=began.device)
-        self.mask.masked_fill_(hidden, -math.inf)
+        self.mask = torch.where(hidden, -math.inf, 0.0).to(self.rt.dtype)
         self.positions = queries - began[:, None]
         self.now += self.chunk
 
@@ -1837,11 +1836,11 @@ def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Sco
     begins = np.unique(np.append(0, docs.starts))  # documents are contiguous
     limits = np.append(begins, len(times))
     edges = np.concatenate([np.arange(*span, size) for span in itertools.pairwise(limits)])
-    span = np.searchsorted(begins, edges, side="right") - 1
-    start = edges - begins[span]
+    owner = np.searchsorted(begins, edges, side="right") - 1
+    start = edges - begins[owner]
     sizes = docs.bytes * times
     columns = {
-        "doc": span - int(docs.starts[0] > 0),
+        "doc": owner - (docs.starts[0] > 0),
         "chunk": start // size,
         "start": start,
         "tokens": np.add.reduceat(times, edges, dtype=np.int64),
@@ -2031,11 +2030,11 @@ def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLo
         for name, experts in MIXTURES.items():
             losses = torch.stack([columns[expert] for expert in experts], dim=1).double()
             weights[name] = fit_weights(losses[times > 0], match[times > 0].long())
-    left = stream.seconds_left
-    seen = stream.position > stream.begins[-1] - TAIL
+    trained_on = stream.position > max(0, stream.begins[-1] - TAIL)
     log.line(
         f"calibration: rate:{rate:.6f} rates_tried:{len(tried)} weights:{len(weights)}"
-        f" trained_on:{int(seen)} time:{rt.seconds() - began:.1f}s before_time_limit:{left:.1f}s"
+        f" trained_on:{trained_on:d} time:{rt.seconds() - began:.1f}s"
+        f" before_time_limit:{stream.seconds_left:.1f}s"
     )
 
 
@@ -2075,8 +2074,9 @@ def measure_matrices(
         tokens = torch.from_numpy(np.stack(spans))
         model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
         used += len(spans)
-    left = stream.seconds_left
-    log.line(f"quantizer statistics: rows:{used} of:{rows} before_time_limit:{left:.1f}s")
+    log.line(
+        f"quantizer statistics: rows:{used} of:{rows} before_time_limit:{stream.seconds_left:.1f}s"
+    )
     for stat in stats.values():
         for sums in stat:
             sums.div_(used * length)
@@ -2447,8 +2447,8 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
         plain = pieces[~is_byte[pieces]]
         spelled += measure(plain) + len(pieces) - len(plain)
         # A space right after BOS or a control piece is not text.
-        spelled -= int((opens[stretch[1:]] & silent[stretch[:-1]]).sum())
-        counted += int(docs.bytes[begin : begin + count].sum())
+        spelled -= (opens[stretch[1:]] & silent[stretch[:-1]]).sum()
+        counted += docs.bytes[begin : begin + count].sum()
         if counted != spelled:
             sizes = table.base + table.leading_space
             wrong = [int(i) for i in np.unique(plain) if measure(np.array([i])) != sizes[i]]
@@ -2469,7 +2469,7 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
         f"audit bytes: only {same} of {words} words are encoded as in the validation shards;"
         " TOKENIZER_PATH is not their tokenizer; give that",
     )
-    unknown = int(is_unknown[docs.tokens.cpu().numpy()].sum())
+    unknown = is_unknown[docs.tokens.cpu().numpy()].sum()
     return (
         f"documents:{len(picks)} of:{len(docs.starts)} words:{words} same:{same}"
         f" unknown_pieces:{unknown} table_bytes:{counted} text_bytes:{spelled}"
@@ -2896,10 +2896,11 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
     trainer = None
     if not cfg.eval_only:
         flat = ladder(docs, model, rt)["flat"]
+        validate = functools.partial(evaluate, model, docs, flat, rt)
         trainer = Trainer(model, stream, rt, log, hashes)
         if cfg.resume:
             trainer.resume()
-        train(trainer, lambda: evaluate(model, docs, flat, rt))
+        train(trainer, validate)
     if trainer or (stream.shards and "weights" not in model.made_with):
         if cfg.eval_only:
             log.line("calibration: on training text, which the rules forbid after training")
@@ -2909,7 +2910,7 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
         with rt.signals.deferred():
             rt.from_rank0(lambda: export(model, stream, log))
     if trainer:
-        trainer.report(evaluate(model, docs, flat, rt))
+        trainer.report(validate())
     score_artifact(model, docs, rt, log)
 
 
