@@ -225,12 +225,10 @@ class Config:
     eval: tuple[str, ...] = setting(RUNGS, "evaluation conditions, in order", choices=RUNGS)
     ttt_lora_rank: int = setting(8, "ttt: adapter rank", 1, 1024)
     ttt_lora_lr: float = setting(0.01, "ttt: Adam learning rate")
-    ttt_chunk_size: int = setting(256, "ttt: tokens scored, then trained on, per step", 1, 65536)
+    ttt_chunk_size: int = setting(256, "ttt: tokens scored, then trained on, per step", 1)
     ttt_eval_seq_len: int = setting(1024, "maximum context length", 1, 65536)
     ttt_batch_size: int = setting(64, "documents per batch", 1)
-    ttt_stream_chunk: int = setting(
-        32, "stream: tokens scored, then trained on, per step", 1, 65536
-    )
+    ttt_stream_chunk: int = setting(32, "stream: tokens scored, then trained on, per step", 1)
     ttt_stream_lr: str = setting(
         "auto", "stream: initial Adam learning rate; auto: found on training text, see calibration"
     )
@@ -1543,9 +1541,8 @@ class DocumentAdapters:
         """Split rows of `state.flat` (B, P) into LoRA matrices, in the model's dtype."""
         sizes = [shape.numel() for shape in self.shapes]
         parts = flat.to(self.dtype).split(sizes, dim=1)
-        matrices = []
-        for part, shape in zip(parts, self.shapes, strict=True):
-            matrices.append(part.unflatten(1, shape))
+        pairs = zip(parts, self.shapes, strict=True)
+        matrices = [part.unflatten(1, shape) for part, shape in pairs]
         loras = map(LoRA, matrices[::2], matrices[1::2])
         blocks = []
         for _ in range(self.layers):
@@ -2555,11 +2552,10 @@ class Trainer:
         # Per gradient and weight: the steps before its first value that is not finite.
         count = 2 * len(self.params)
         self.finite_steps = torch.zeros(count, dtype=torch.int64, device=self.rt.device)
-        self.identity = spell_settings(self.cfg, "decides")
+        self.identity = spell_settings(self.cfg, "decides") | self.hashes
         # Over all ranks: their number may change from one attempt to the next.
         self.identity["MICRO_STEPS"] = str(self.rt.world * self.cfg.grad_accum_steps)
         self.identity["DTYPE"] = str(self.rt.dtype)
-        self.identity |= self.hashes
 
     def state(self) -> dict:
         """Everything that training changes. Tensors are not copied."""
@@ -2637,8 +2633,8 @@ class Trainer:
         """
         cfg = self.cfg
         # On two CPU cores compiling takes a minute and saves 15 to 25 % of each step.
-        seconds = cfg.max_wallclock_seconds or math.inf
-        pays = self.rt.device.type == "cuda" or (seconds >= 120 and cfg.iterations >= 200)
+        is_long = cfg.training_seconds >= 120 and cfg.iterations >= 200
+        pays = self.rt.device.type == "cuda" or is_long
         if cfg.compile == "0" or (cfg.compile == "auto" and not pays):
             return
         self.log.line("compile:started")
@@ -2853,8 +2849,8 @@ def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
         "tokenizer": tokenizer_hash,
         "train_seq_len": cfg.train_seq_len,
     }
-    stream = TokenStream(train_shards, cfg.vocab_size)
     hashes["tokenizer"] = tokenizer_hash
+    stream = TokenStream(train_shards, cfg.vocab_size)
     return Inputs(model.to(rt.device), stream, docs, hashes)
 
 
@@ -2989,7 +2985,7 @@ def report_condition(
     log: RunLog,
 ):
     """Log coverage and score: for people, in the old tools' format, and as JSON."""
-    before = int(docs.starts[0]) if how.isolated else 0
+    before = docs.starts[0] if how.isolated else 0
     targets = len(docs.tokens) - 1
     log.line(
         f"audit coverage: condition:{name} targets:{targets + docs.beyond_limit}"
