@@ -1986,7 +1986,7 @@ def fit_weights(losses: Tensor, match: Tensor) -> Tensor:
     near equal weights.
     """
     experts = losses.size(1)
-    weights = torch.full((ORDERS, experts), 1 / experts, dtype=losses.dtype)
+    weights = losses.new_full((ORDERS, experts), 1 / experts)
     for _ in range(10):
         shares = (weights.log()[match] - losses).softmax(1)
         counts = torch.full_like(weights, 2 / experts).index_add_(0, match, shares)
