@@ -48,7 +48,7 @@ import uuid
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
@@ -225,12 +225,10 @@ class Config:
     eval: tuple[str, ...] = setting(RUNGS, "evaluation conditions, in order", choices=RUNGS)
     ttt_lora_rank: int = setting(8, "ttt: adapter rank", 1, 1024)
     ttt_lora_lr: float = setting(0.01, "ttt: Adam learning rate")
-    ttt_chunk_size: int = setting(256, "ttt: tokens scored, then trained on, per step", 1, 65536)
+    ttt_chunk_size: int = setting(256, "ttt: tokens scored, then trained on, per step", 1)
     ttt_eval_seq_len: int = setting(1024, "maximum context length", 1, 65536)
     ttt_batch_size: int = setting(64, "documents per batch", 1)
-    ttt_stream_chunk: int = setting(
-        32, "stream: tokens scored, then trained on, per step", 1, 65536
-    )
+    ttt_stream_chunk: int = setting(32, "stream: tokens scored, then trained on, per step", 1)
     ttt_stream_lr: str = setting(
         "auto", "stream: initial Adam learning rate; auto: found on training text, see calibration"
     )
@@ -248,6 +246,8 @@ class Config:
         kept = self.calibration_seconds or 0.02 * cap
         return cap - min(kept, cap / 2)
 
+
+SETTINGS = {spec.name.upper(): spec for spec in fields(Config)}
 
 PARSERS = {
     bool: lambda text: {"0": False, "1": True}[text],
@@ -309,14 +309,22 @@ def spell(value: Any) -> str:
     return str(value)
 
 
+def spell_settings(cfg: Config, role: str = "") -> dict:
+    """The settings that have this role, by default all, as text by environment variable."""
+    chosen = {}
+    for name, spec in SETTINGS.items():
+        if not role or role in spec.metadata:
+            chosen[name] = spell(getattr(cfg, spec.name))
+    return chosen
+
+
 def read_config(env: Mapping) -> Config:
     """Settings from the environment, else the preset's, else the defaults.
 
     Raises `UserError` for values that are invalid, alone or together.
     """
     given = {}
-    for spec in fields(Config):
-        name = spec.name.upper()
+    for name, spec in SETTINGS.items():
         if name in env:
             given[spec.name] = parse_setting(name, env[name], spec)
     world = read_count(env, "WORLD_SIZE", 1)
@@ -388,9 +396,6 @@ def check_shape(cfg: Config):
         f"NUM_HEADS={cfg.num_heads}: expected a multiple of NUM_KV_HEADS={cfg.num_kv_heads};"
         " change one of them",
     )
-
-
-TRAVELLING = {f.name.upper(): f for f in fields(Config) if "travels" in f.metadata}
 
 
 # ==== Runtime =====================================================================================
@@ -517,7 +522,6 @@ class Runtime:
     rank: int = 0
     world: int = 1
     score_noise: float = 0.0  # tolerance between two computations of a loss, nats
-    show_progress: bool = False
     signals: Signals = field(default_factory=Signals)
 
     @classmethod
@@ -532,9 +536,7 @@ class Runtime:
         set_up_backends(device, dtype)
         # CPU kernels are bitwise reproducible; backward kernels of GPUs use atomic adds.
         score_noise = 1e-2 if device.type == "cuda" else 0.0
-        # A closed stderr is None.
-        has_terminal = sys.stderr is not None and sys.stderr.isatty()
-        return cls(device, dtype, rank, world, score_noise, rank == 0 and has_terminal)
+        return cls(device, dtype, rank, world, score_noise)
 
     def gather(self, value: Any) -> list[Any]:
         """All-gather any value: a list with one entry per rank."""
@@ -606,10 +608,11 @@ class Runtime:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def progress(self, total: float, what: str) -> tqdm:
-        """A progress bar, on terminals only."""
+        """A progress bar, on rank 0's terminal only, for what takes more than a second."""
         layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        hidden = not self.show_progress
-        return tqdm(total=total, desc=what, disable=hidden, leave=False, bar_format=layout)
+        # A closed stderr is None.
+        shown = self.rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+        return tqdm(None, what, total, False, disable=not shown, delay=1, bar_format=layout)
 
 
 # ==== Log =========================================================================================
@@ -617,9 +620,14 @@ class Runtime:
 
 
 @functools.cache
-def source_code() -> str:
+def source_code() -> bytes:
     """This file's own text. It heads every log and counts towards the artifact's budget."""
-    return Path(__file__).read_bytes().decode()
+    return Path(__file__).read_bytes()
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return sha256(data).hexdigest()
 
 
 def read_file(path: Path) -> bytes:
@@ -672,8 +680,7 @@ def find_checkpoints(cfg: Config, run_id: str) -> list[Path]:
 
 def launch_command(env: Mapping, **changes: Any) -> str:
     """The shell command that repeats this run, with `changes` to its settings."""
-    names = [spec.name.upper() for spec in fields(Config)]
-    settings = {name: env[name] for name in names if name in env} | changes
+    settings = {name: env[name] for name in SETTINGS if name in env} | changes
     words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
     launcher = "python"
     if "WORLD_SIZE" in env:
@@ -681,9 +688,9 @@ def launch_command(env: Mapping, **changes: Any) -> str:
     return " ".join([*words, launcher, "train_gpt.py"])
 
 
-def describe_hardware(device: torch.device) -> str:
+def describe_hardware(device: str) -> str:
     """One line about the CPU or the GPUs."""
-    if device.type == "cuda":
+    if device == "cuda":
         gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
         return f"{gpus}, CUDA {torch.version.cuda}"
     # ARM names no model: there the architecture has to do.
@@ -771,12 +778,12 @@ class RunLog:
         path = Path(cfg.out_dir, "logs", f"{self.run_id}.txt")
         if not path.exists():
             rule = "=" * 100
-            machine = describe_hardware(torch.device(cfg.device))
+            machine = describe_hardware(cfg.device)
             if cfg.device == "cuda":
                 machine += "\n" + subprocess.getoutput("nvidia-smi")
             versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}"
-            head = f"{source_code()}\n{rule}\n{versions}\n{machine}\n{rule}\n"
-            write_atomically(path, head.encode())
+            head = f"\n{rule}\n{versions}\n{machine}\n{rule}\n"
+            write_atomically(path, source_code() + head.encode())
             self.path = path
             return 1
         require(
@@ -786,27 +793,26 @@ class RunLog:
         )
         self.path = path  # only now, so that a refusal is not written into the earlier run's log
         text = path.read_text(encoding="utf-8", errors="replace")
-        if not text.endswith("\n"):
-            self.append("\n")  # the last attempt died in mid-line
         return text.count("\nattempt:") + 1
 
     def write_header(self, cfg: Config, rt: Runtime, env: Mapping, attempt: int):
         """Log the command, settings, versions, machine and hash of the script."""
-        values = {f.name.upper(): spell(getattr(cfg, f.name)) for f in fields(cfg)}
+        values = spell_settings(cfg)
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
         lines = [
+            "",  # the last attempt may have died in mid-line
             f"attempt:{attempt}",
             time.strftime("started:%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             f"command: {launch_command(env)}",
             f"config: {settings}",
             f"versions: python:{sys.version.split()[0]} torch:{torch.__version__}"
             f" numpy:{np.__version__} sentencepiece:{spm.__version__}",
-            f"hardware: {describe_hardware(rt.device)}",
+            f"hardware: {describe_hardware(cfg.device)}",
         ]
         self.append("\n".join(lines) + "\n")
         self.line(f"preset:{cfg.preset} device:{rt.device} world_size:{rt.world} dtype:{rt.dtype}")
         self.line(f"data:{cfg.data_path} tokenizer:{cfg.tokenizer_path} log:{self.path}")
-        self.line(f"sha256 script:{sha256(source_code().encode()).hexdigest()}")
+        self.line(f"sha256 script:{digest(source_code())}")
         # Skip one-word names: other programs use them, too.
         ours = [name for name in values if "_" in name]
         for name in sorted(filter(str.isprintable, env.keys() - values.keys())):
@@ -900,12 +906,12 @@ def open_shards(folder: str, split: str, required: bool = True) -> list[ndarray]
 def fingerprint(shard: ndarray) -> str:
     """SHA-256 of a shard's length, first MB and last MB: a start must not read 16 GB."""
     ends = np.append(shard[: 2**19], shard[-(2**19) :])
-    return sha256(b"%d" % len(shard) + ends.tobytes()).hexdigest()
+    return digest(b"%d" % len(shard) + ends.tobytes())
 
 
 def check_ids(tokens: ndarray, shard: ndarray, vocab_size: int):
     """Raise `OSError` for an id beyond the vocabulary: in training a rank may find it alone."""
-    top = int(tokens.max())
+    top = tokens.max()
     if top >= vocab_size:
         raise OSError(
             f"{shard.filename}: token id {top}, expected at most {vocab_size - 1}; use its own"
@@ -924,8 +930,13 @@ class TokenStream:
         # Where each shard begins; the last entry is the total length.
         self.begins = [0, *itertools.accumulate(map(len, shards))]
 
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return self.deadline - time.perf_counter()
+
     def read(self, start: int, count: int) -> ndarray:
-        """Tokens [start, start + count) of the endless stream: (count,) int64."""
+        """Tokens [start, start + count) of the endless stream: (count,) int64. -1 is its last."""
         parts = []
         while count:
             start %= self.begins[-1]
@@ -953,7 +964,7 @@ class Documents:
     """The validation stream and its documents, in stream order. Position p predicts token p + 1."""
 
     tokens: Tensor  # (n,) int32
-    bytes: Tensor  # (n - 1,) int32, UTF-8 bytes of each position's target
+    bytes: ndarray  # (n - 1,) int32, UTF-8 bytes of each position's target
     starts: ndarray  # (docs,) int64, position of each document's BOS, its first input
     predictions: ndarray  # (docs,) int64, number of targets (>= 1), counting the next BOS
     beyond_limit: int = 0  # targets dropped by MAX_VAL_DOCS
@@ -975,13 +986,13 @@ def split_documents(
     sizes = table.count(stream[:-1], stream[1:])
     kept = predictions > 0
     require(
-        kept.any() and sizes.any(),
+        kept.any() and sizes[starts[0] :].any(),
         f"validation shards: found {len(starts)} BOS (id {bos}) and {sizes.sum()} bytes of text in"
         f" {total} tokens: nothing to predict; expected BOS, then text; see data/README.md",
     )
     return Documents(
         tokens=torch.from_numpy(stream.astype(np.int32)).to(device),
-        bytes=torch.from_numpy(sizes.astype(np.int32)).to(device),
+        bytes=sizes.astype(np.int32),
         starts=starts[kept],
         predictions=predictions[kept],
         beyond_limit=total - len(stream),
@@ -1101,7 +1112,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tenso
     outputs = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
-        future = torch.full((end - begin, end), -math.inf, dtype=q.dtype, device=q.device)
+        future = q.new_full((end - begin, end), -math.inf)
         queries = grouped[:, :, begin:end]
         keys = k[:, :end]
         mask = future.triu(begin + 1).repeat(queries.size(1), 1)
@@ -1140,7 +1151,7 @@ class KVCache:
 
     def __post_init__(self):
         self.began = torch.zeros(self.rows, dtype=torch.int64, device=self.rt.device)
-        self.past = {}  # keys and values by layer, each (2, rows, G, W, N)
+        self.past = {}  # keys and values by attention module, each (2, rows, G, W, N)
 
     def restart(self, rows: Tensor):
         """Start new documents in these rows: hide everything that was cached before."""
@@ -1153,12 +1164,11 @@ class KVCache:
         queries = times[self.window :]
         age = queries[:, None] - times
         hidden = (age < 0) | (age >= self.window) | (times < began[:, None, None])
-        self.mask = torch.zeros(hidden.shape, dtype=self.rt.dtype, device=began.device)
-        self.mask.masked_fill_(hidden, -math.inf)
+        self.mask = torch.where(hidden, -math.inf, 0.0).to(self.rt.dtype)
         self.positions = queries - began[:, None]
         self.now += self.chunk
 
-    def extend(self, layer: int, new: Tensor) -> Tensor:
+    def extend(self, layer: nn.Module, new: Tensor) -> Tensor:
         """Append the keys and values of a chunk, `new` (2, batch, G, C, N), to one layer of the cache.
 
         Returns those that the chunk's queries may see, (2, batch, G, W + C, N); `mask` hides what
@@ -1191,10 +1201,8 @@ class Attention(nn.Module):
         """(B, T, heads * N) -> (B, heads, T, N)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(
-        self, x: Tensor, rope: Tensor, lora: BlockLoRA, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D), in the dtype of x; `layer` indexes the cache."""
+    def forward(self, x: Tensor, rope: Tensor, lora: BlockLoRA, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D), in the dtype of x."""
         q = self.split_heads(self.c_q(x, lora.c_q))
         k = self.split_heads(self.c_k(x, lora.c_k))
         v = self.split_heads(self.c_v(x, lora.c_v))
@@ -1205,7 +1213,7 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v)
         else:
-            k, v = cache.extend(layer, torch.stack((k, v)))
+            k, v = cache.extend(self, torch.stack((k, v)))
             y = masked_attention(q, k, v, cache.mask)
         y = y.transpose(1, 2).reshape(x.shape)
         return self.proj(y, lora.attn_proj)
@@ -1239,18 +1247,12 @@ class Block(nn.Module):
         self.resid_mix = parameter(torch.stack((ones, torch.zeros_like(ones))))
 
     def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        rope: Tensor,
-        lora: BlockLoRA,
-        cache: KVCache | None,
-        layer: int,
+        self, x: Tensor, x0: Tensor, rope: Tensor, lora: BlockLoRA, cache: KVCache | None
     ) -> Tensor:
         """Residual stream x, normed embedding x0 -> residual stream, (B, T, D) in one dtype."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        y = self.attn(rms_norm(x), rope, lora, cache, layer)
+        y = self.attn(rms_norm(x), rope, lora, cache)
         x = x + self.attn_scale.to(x.dtype) * y
         y = self.mlp(rms_norm(x), lora)
         return x + self.mlp_scale.to(x.dtype) * y
@@ -1317,7 +1319,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer >= self.half and skips:
                 x = x + self.skip_weights[layer - self.half].to(x.dtype) * skips.pop()
-            x = block(x, x0, rope, adapters.blocks[layer], cache, layer)
+            x = block(x, x0, rope, adapters.blocks[layer], cache)
             if layer < self.half:
                 skips.append(x)
         if at is not None:
@@ -1410,8 +1412,10 @@ class Muon(torch.optim.Optimizer):
             sizes = [p.numel() for p in params]
             flat = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=self.rt.device)
             updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
-            mine = range(self.rt.rank, len(params), self.rt.world)
-            for same in group_by_shape(params, mine):
+            by_shape = {}
+            for i in range(self.rt.rank, len(params), self.rt.world):
+                by_shape.setdefault(params[i].shape, []).append(i)
+            for same in by_shape.values():
                 # In the compute dtype: bf16 is about 100x slower on CPUs without it.
                 batch = torch.stack([nesterov[i] for i in same]).to(self.rt.dtype)
                 rows, cols = params[same[0]].shape
@@ -1419,14 +1423,6 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_copy_([updates[i] for i in same], list(batch))
             self.rt.sum(flat)
             torch._foreach_add_(params, [update.float() for update in updates], alpha=-group["lr"])
-
-
-def group_by_shape(tensors: list, indices: Iterable) -> list:
-    """Lists of `indices`, grouped by the shape of their tensors."""
-    groups = {}
-    for i in indices:
-        groups.setdefault(tuple(tensors[i].shape), []).append(i)
-    return list(groups.values())
 
 
 def build_optimizers(model: GPT, rt: Runtime):
@@ -1545,9 +1541,8 @@ class DocumentAdapters:
         """Split rows of `state.flat` (B, P) into LoRA matrices, in the model's dtype."""
         sizes = [shape.numel() for shape in self.shapes]
         parts = flat.to(self.dtype).split(sizes, dim=1)
-        matrices = []
-        for part, shape in zip(parts, self.shapes, strict=True):
-            matrices.append(part.unflatten(1, shape))
+        pairs = zip(parts, self.shapes, strict=True)
+        matrices = [part.unflatten(1, shape) for part, shape in pairs]
         loras = map(LoRA, matrices[::2], matrices[1::2])
         blocks = []
         for _ in range(self.layers):
@@ -1579,6 +1574,7 @@ class DocumentAdapters:
 
 SAFE_RATE = 0.0005  # of `stream` without calibration: no model tried loses by it (records/NOTES.md)
 ORDERS = 7  # the copy model's contexts: of 0 to 6 tokens
+MIXTURES = {"stride+copy": ("stride", "copy"), "mix": ("stride", "stream", "copy")}
 
 
 @dataclass(frozen=True)
@@ -1592,9 +1588,9 @@ class Condition:
     stream: bool = False  # feed only the chunk; a `KVCache` holds earlier tokens
     isolated: bool = True  # False: rows of fixed length instead of documents
     final: str = ""  # the record's name for this score in a log line of its own
-    # A mixture averages the probabilities of other conditions; the last expert is COPY.
+    # A mixture averages the probabilities of these conditions and of the copy model.
     experts: tuple = ()
-    weights: tuple = ()  # by longest match (see `copy_model`), then by expert
+    weights: Tensor | None = None  # (ORDERS, experts + 1), by longest match: see `copy_model`
 
     def spans(self, docs: Documents) -> tuple[ndarray, ndarray]:
         """(starts, number of predictions) of each document, or of each row of the stream."""
@@ -1604,15 +1600,12 @@ class Condition:
         return rows, np.full_like(rows, self.chunk)
 
 
-COPY = "copy"  # the copy model, as an expert
-MIXTURES = {"stride+copy": ("stride", COPY), "mix": ("stride", "stream", COPY)}
-
-
 def ladder(docs: Documents, model: GPT, rt: Runtime) -> dict:
     """The conditions that EVAL can name, by name; mixtures only if calibration gave them weights."""
     cfg = model.cfg
-    found = model.made_with.get("calibration", {})
-    rate = found.get("rate", SAFE_RATE) if cfg.ttt_stream_lr == "auto" else cfg.ttt_stream_lr
+    rate = cfg.ttt_stream_lr
+    if rate == "auto":
+        rate = model.made_with.get("stream_lr", SAFE_RATE)
     row = min(cfg.train_seq_len, len(docs.tokens) - 1)  # shorter if the stream is
     rows = max(1, cfg.val_batch_size // (rt.world * cfg.grad_accum_steps * row))
     chunk = cfg.ttt_chunk_size
@@ -1643,11 +1636,10 @@ def ladder(docs: Documents, model: GPT, rt: Runtime) -> dict:
             final="final_int8_ttt_stream",
         ),
     }
-    for name, weights in found.get("weights", {}).items():
-        experts = tuple(rungs.get(expert, COPY) for expert in MIXTURES[name])
-        rows = tuple(map(tuple, weights))
+    for name, weights in model.made_with.get("weights", {}).items():
+        experts = tuple(rungs[expert] for expert in MIXTURES[name][:-1])
         final = "final_int8_ttt_mix" if name == "mix" else ""
-        rungs[name] = replace(experts[-2], experts=experts, weights=rows, final=final)
+        rungs[name] = replace(experts[-1], experts=experts, weights=weights, final=final)
     return rungs
 
 
@@ -1831,8 +1823,6 @@ def check_coverage(losses: ndarray, times: ndarray, docs: Documents, how: Condit
             f"audit coverage: position {p}: scored {times[p]:g} times, loss {losses[p]:g}; expected"
             f" {due[p]:g} times and a finite loss"
         )
-    scored = (docs.bytes.cpu().numpy() * times).any()
-    require(scored, "audit coverage: the scored tokens hold 0 bytes of text; check the tokenizer")
 
 
 def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Score:
@@ -1843,10 +1833,11 @@ def tabulate(losses: ndarray, times: ndarray, docs: Documents, size: int) -> Sco
     begins = np.unique(np.append(0, docs.starts))  # documents are contiguous
     limits = np.append(begins, len(times))
     edges = np.concatenate([np.arange(*span, size) for span in itertools.pairwise(limits)])
-    start = edges - begins[np.searchsorted(begins, edges, side="right") - 1]
-    sizes = docs.bytes.cpu().numpy() * times
+    owner = np.searchsorted(begins, edges, side="right") - 1
+    start = edges - begins[owner]
+    sizes = docs.bytes * times
     columns = {
-        "doc": np.searchsorted(docs.starts, edges, side="right") - 1,
+        "doc": owner - (docs.starts[0] > 0),
         "chunk": start // size,
         "start": start,
         "tokens": np.add.reduceat(times, edges, dtype=np.int64),
@@ -1871,19 +1862,18 @@ def sum_earlier(keys: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(sums).scatter_(0, order, sums)
 
 
-def copy_model(
-    inputs: Tensor, targets: Tensor, document: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Probability of each target by counts of its document's earlier targets, (n,) fp64.
+def copy_model(tokens: Tensor, opens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Probability of each token but the first by its document's earlier targets, (n - 1,) fp64.
 
-    All arguments but the last are (n,) int64. After each context of 0 to 6 tokens, counts are
+    tokens (n,) int64; opens (n - 1,) bool: a document begins here. After each context of 0 to 6 tokens, counts are
     blended with the prediction of the next shorter context: prediction by partial matching (Moffat
     1990) with escapes that grow with the kinds of targets seen (Witten and Bell 1991). Also returns
-    the length of the longest context seen before, (n,) int64.
+    the length of the longest context seen before, (n - 1,) int64.
     """
+    inputs = tokens[:-1]
+    targets = tokens[1:]
     ones = torch.ones_like(inputs)
-    opens = document != document.roll(1)
-    opens[0] = True
+    document = opens.cumsum(0)
     context = document
     longest = torch.zeros_like(inputs)
     p = 1 / vocab_size
@@ -1902,53 +1892,50 @@ def copy_model(
 
 
 def copy_losses(docs: Documents, vocab_size: int, rt: Runtime) -> Tensor:
-    """Each position's loss under the copy model, how often it was scored, and its longest match.
+    """Each position's loss under the copy model, and its longest match, (2, n - 1) fp32.
 
-    (3, n - 1) fp32, the same on every rank. Ranks split the documents, in groups of about 4M tokens.
+    The same on every rank. Ranks take turns at groups of documents.
     """
-    ledger = torch.zeros(3, len(docs.tokens) - 1, device=rt.device)
-    cuts = np.flatnonzero(np.diff(docs.starts >> 22)) + 1
-    for group in np.array_split(np.arange(len(docs.starts)), cuts)[rt.rank :: rt.world]:
-        begin = docs.starts[group[0]]
-        end = docs.starts[group[-1]] + docs.predictions[group[-1]]
+    ledger = torch.zeros(2, len(docs.tokens) - 1, device=rt.device)
+    size = 256
+    for first in range(size * rt.rank, len(docs.starts), size * rt.world):
+        starts = docs.starts[first : first + size]
+        begin = starts[0]
+        end = starts[-1] + docs.predictions[first : first + size][-1]
         tokens = docs.tokens[begin : end + 1].long()
-        # Documents may be apart by one position, that of a last target.
-        lengths = np.diff(docs.starts[group], append=end)
-        document = rt.upload(np.repeat(group, lengths))
-        p, longest = copy_model(tokens[:-1], tokens[1:], document, vocab_size)
-        ledger[:, begin:end] = torch.stack((-p.log(), torch.ones_like(p), longest))
+        # What lies between two documents follows the earlier one, and so changes no score.
+        opens = np.isin(np.arange(begin, end), starts)
+        p, longest = copy_model(tokens, rt.upload(opens), vocab_size)
+        ledger[:, begin:end] = torch.stack((-p.log(), longest))
     return rt.sum(ledger)
 
 
-def score_tokens(model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict) -> Tensor:
-    """Each position's loss under a condition or mixture, and how often it was scored, as above.
+def score_tokens(model: GPT, docs: Documents, how: Condition, rt: Runtime, known: dict) -> Tensor:
+    """Each position's loss under a condition or mixture, and how often it was scored.
 
     (2, n - 1) fp32 on the CPU. `known` keeps what was computed, for mixtures that need it again.
     """
     if how in known:
         return known[how]
-    if how == COPY:
-        ledger = copy_losses(docs, model.cfg.vocab_size, rt)
-    elif not how.experts:
-        ledger = score_documents(model, docs, how, rt)
-    else:
+    if how.experts:
         parts = [score_tokens(model, docs, expert, rt, known) for expert in how.experts]
-        weights = torch.tensor(how.weights, dtype=torch.float64, device="cpu")
-        weights = weights / weights.sum(1, keepdim=True)
-        match = parts[-1][2].long()
-        losses = torch.stack([part[0] for part in parts], dim=1).double()
-        mixed = -(weights.log()[match] - losses).logsumexp(1)
+        copied, match = copy_losses(docs, model.cfg.vocab_size, rt).cpu()
+        losses = torch.stack([*(part[0] for part in parts), copied], dim=1)
+        weights = how.weights / how.weights.sum(1, keepdim=True)
+        mixed = -(weights.log()[match.long()] - losses.double()).logsumexp(1)
         times = parts[0][1]
         ledger = torch.stack((mixed * times, times)).float()
-    known[how] = ledger.cpu()
-    return known[how]
+    else:
+        ledger = score_documents(model, docs, how, rt).cpu()
+    known[how] = ledger
+    return ledger
 
 
 def evaluate(
-    model: GPT, docs: Documents, how: Any, rt: Runtime, known: dict | None = None
+    model: GPT, docs: Documents, how: Condition, rt: Runtime, known: dict | None = None
 ) -> Score:
     """The score of the validation stream under one condition or mixture, the same on every rank."""
-    losses, times = score_tokens(model, docs, how, rt, {} if known is None else known).numpy()[:2]
+    losses, times = score_tokens(model, docs, how, rt, {} if known is None else known).numpy()
     rt.together(lambda: check_coverage(losses, times, docs, how))
     return tabulate(losses, times, docs, model.cfg.ttt_chunk_size)
 
@@ -1956,91 +1943,95 @@ def evaluate(
 # ==== Calibration =================================================================================
 # What is measured on training text: for test-time training, and for the quantizer.
 
+TAIL = 2**18  # tokens at the end of the training text in which documents are looked for
 
-def last_documents(stream: TokenStream, bos: int, longest: int, total: int) -> Documents:
+
+def last_documents(
+    stream: TokenStream, bos: int, longest: int, total: int, rt: Runtime
+) -> Documents:
     """The last documents of the training text, each cut to `longest` targets, up to `total` in all."""
-    size = min(stream.begins[-1], 2**18)
-    tokens = stream.read(stream.begins[-1] - size, size)
-    starts = np.flatnonzero(tokens == bos)
+    size = min(stream.begins[-1], TAIL)
+    tokens = stream.read(-size, size)
+    is_start = tokens == bos
+    is_start[0] = True  # a document may be longer than what is read here
+    starts = np.flatnonzero(is_start)
     predictions = np.minimum(np.diff(starts, append=size - 1), longest)
-    kept = predictions[::-1].cumsum()[::-1] <= total
-    kept &= predictions > 0
-    predictions = predictions[kept]
-    spans = zip(starts[kept], predictions, strict=True)
-    parts = [tokens[start : start + count + 1] for start, count in spans]
-    text = torch.from_numpy(np.concatenate(parts)).int()
-    starts = np.cumsum(predictions + 1) - predictions - 1
-    return Documents(text, torch.ones_like(text)[1:], starts, predictions)
+    kept = (predictions > 0) & (predictions[::-1].cumsum()[::-1] <= total)
+    sizes = np.zeros(size - 1)  # no score of these documents is in bits per byte
+    return Documents(rt.upload(tokens), sizes, starts[kept], predictions[kept])
 
 
-def find_rate(losses: dict, measure: Callable) -> float:
+def find_rate(loss_at: Callable) -> float:
     """The learning rate of least loss: a coarse search, its best's neighbours, a parabola.
 
-    `measure` adds the losses of a list of rates to `losses`, as long as there is time.
+    `loss_at(rate)` is inf once there is no time left.
     """
-    measure([0.0, 0.00007, 0.00028, 0.00112, 0.00448])
-    best = min(losses, key=losses.get, default=SAFE_RATE)
-    measure([best / 2, best * 2])
-    if best == 0 or not {best / 2, best, best * 2} <= losses.keys():
-        return best
-    below, middle, above = (losses[best * factor] for factor in (0.5, 1, 2))
-    bend = below - 2 * middle + above
-    shift = (below - above) / (2 * bend) if bend > 0 else 0.0
+    losses = {rate: loss_at(rate) for rate in (0.0, 0.00007, 0.00028, 0.00112, 0.00448)}
+    best = min(losses, key=losses.get)
+    if losses[best] == math.inf:
+        return SAFE_RATE
+    below = loss_at(best / 2)
+    above = loss_at(best * 2)
+    bend = below - 2 * losses[best] + above
+    shift = 0.0
+    if 0 < bend < math.inf:
+        shift = (below - above) / (2 * bend)
     return best * 2 ** max(-1.0, min(1.0, shift))
 
 
-def fit_weights(losses: Tensor, match: Tensor) -> list:
+def fit_weights(losses: Tensor, match: Tensor) -> Tensor:
     """Weights of experts for each length of a match, by expectation maximisation.
 
-    losses (n, K), match (n,) -> ORDERS lists of K. Two more targets, shared equally, keep a rare
-    length near equal weights.
+    losses (n, K), match (n,) -> (ORDERS, K). Two more targets, shared equally, keep a rare length
+    near equal weights.
     """
     experts = losses.size(1)
-    weights = torch.full((ORDERS, experts), 1 / experts, dtype=losses.dtype)
+    weights = losses.new_full((ORDERS, experts), 1 / experts)
     for _ in range(10):
         shares = (weights.log()[match] - losses).softmax(1)
         counts = torch.full_like(weights, 2 / experts).index_add_(0, match, shares)
         weights = counts / counts.sum(1, keepdim=True)
-    return weights.tolist()
+    return weights
 
 
-def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLog) -> dict:
-    """The rate of `stream` and the weights of the mixtures, found on the end of the training text.
+def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLog):
+    """Find the rate of `stream` and the weights of the mixtures on the end of the training text.
 
     Stops at the stream's deadline: what is then missing is left out.
     """
     began = rt.seconds()
-    docs = last_documents(stream, bos, 512, 2**14)
+    docs = last_documents(stream, bos, 512, 2**14, rt)
     how = ladder(docs, model, rt)["stream"]
-    losses = {}
+    tried = {}
 
     def has_time() -> bool:
-        return rt.maximum(time.perf_counter() - stream.deadline)[0] < 0
+        return rt.maximum(-stream.seconds_left)[0] < 0
 
-    def measure(rates: list):
-        for rate in rates:
-            if rate not in losses and has_time():
-                learner = replace(how.learner, lr=rate)
-                found = score_documents(model, docs, replace(how, learner=learner), rt)
-                losses[rate] = found[0].sum().item()
+    def loss_at(rate: float) -> float:
+        if rate not in tried and has_time():
+            learner = replace(how.learner, lr=rate)
+            ledger = score_documents(model, docs, replace(how, learner=learner), rt)
+            tried[rate] = ledger[0].sum().item()
+        return tried.get(rate, math.inf)
 
-    rate = find_rate(losses, measure)
-    found = {"rate": rate, "weights": {}}
-    model.made_with["calibration"] = found
+    rate = find_rate(loss_at)
+    weights = {}
+    model.made_with |= {"stream_lr": rate, "weights": weights}
     if has_time():
-        docs = last_documents(stream, bos, 4096, 20_000)
+        docs = last_documents(stream, bos, 4096, 20_000, rt)
         rungs = ladder(docs, model, rt)
-        known = {}
+        columns = {}
+        for name in ("stride", "stream"):
+            columns[name], times = score_documents(model, docs, rungs[name], rt).cpu()
+        columns["copy"], match = copy_losses(docs, model.cfg.vocab_size, rt).cpu()
         for name, experts in MIXTURES.items():
-            parts = [score_tokens(model, docs, rungs.get(e, COPY), rt, known) for e in experts]
-            is_scored = parts[0][1] > 0
-            columns = torch.stack([part[0][is_scored] for part in parts], dim=1).double()
-            found["weights"][name] = fit_weights(columns, parts[-1][2][is_scored].long())
-    left = stream.deadline - time.perf_counter()
-    seen = stream.position > stream.begins[-1] - 2**18
+            losses = torch.stack([columns[expert] for expert in experts], dim=1).double()
+            weights[name] = fit_weights(losses[times > 0], match[times > 0].long())
+    trained_on = stream.position > max(0, stream.begins[-1] - TAIL)
     log.line(
-        f"calibration: rate:{rate:.6f} rates_tried:{len(losses)} weights:{len(found['weights'])}"
-        f" trained_on:{int(seen)} time:{rt.seconds() - began:.1f}s before_time_limit:{left:.1f}s"
+        f"calibration: rate:{rate:.6f} rates_tried:{len(tried)} weights:{len(weights)}"
+        f" trained_on:{trained_on:d} time:{rt.seconds() - began:.1f}s"
+        f" before_time_limit:{stream.seconds_left:.1f}s"
     )
 
 
@@ -2075,13 +2066,14 @@ def measure_matrices(
             stats[names[module.weight]] = watch(module)
     places = [stream.begins[-1] * row // rows for row in range(rows)]
     used = 0
-    while used < rows and (not used or time.perf_counter() < stream.deadline):
+    while used < rows and (not used or stream.seconds_left > 0):
         spans = [stream.read(place, length + 1) for place in places[used : used + 8]]
         tokens = torch.from_numpy(np.stack(spans))
         model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
         used += len(spans)
-    left = stream.deadline - time.perf_counter()
-    log.line(f"quantizer statistics: rows:{used} of:{rows} before_time_limit:{left:.1f}s")
+    log.line(
+        f"quantizer statistics: rows:{used} of:{rows} before_time_limit:{stream.seconds_left:.1f}s"
+    )
     for stat in stats.values():
         for sums in stat:
             sums.div_(used * length)
@@ -2236,7 +2228,7 @@ def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> b
     """
     made_with = {"made_with": model.made_with}
     budget = model.cfg.artifact_budget
-    room = budget - len(source_code().encode())
+    room = budget - len(source_code())
     exact = pack(quantize(state, {}, 0) | made_with)
     if len(exact) <= room:
         return exact
@@ -2276,11 +2268,11 @@ def export(model: GPT, stream: TokenStream, log: RunLog):
     artifact = fit_artifact(model, state, stream, log)
     write_atomically(path, artifact)
     log.artifact = path
-    log.artifact_hash = sha256(artifact).hexdigest()
+    log.artifact_hash = digest(artifact)
     content = zlib.decompress(artifact)
     payload = measure_payload(load_torch(content))
     ratio = sum(tensor.nbytes for tensor in state.values()) / payload
-    code = len(source_code().encode())
+    code = len(source_code())
     log.line(f"Serialized model: {len(raw)} bytes")
     log.line(f"Code size: {code} bytes")
     log.line(f"Total submission size: {len(raw) + code} bytes")
@@ -2370,12 +2362,13 @@ def infer_shape(state: dict, made_with: dict, cfg: Config, path: Path) -> Config
             "MODEL_DIM": dim,
             "NUM_LAYERS": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
             "NUM_HEADS": heads,
-            "NUM_KV_HEADS": max(1, len(state["blocks.0.attn.c_k.weight"]) * heads // dim),
-            "MLP_MULT": max(1, len(state["blocks.0.mlp.fc.weight"]) // dim),
+            "NUM_KV_HEADS": len(state["blocks.0.attn.c_k.weight"]) * heads // dim,
+            "MLP_MULT": len(state["blocks.0.mlp.fc.weight"]) // dim,
             "TIE_EMBEDDINGS": spell("lm_head.weight" not in state),
         }
         for name, text in (held | made_with.get("settings", {})).items():
-            spec = TRAVELLING[name]
+            spec = SETTINGS[name]
+            require("travels" in spec.metadata, f"it sets {name}")
             value = parse_setting(name, text, spec)
             given = getattr(cfg, spec.name)
             require(
@@ -2400,12 +2393,11 @@ def load_model(path: str | Path, cfg: Config) -> GPT:
     # Shapes are compared without memory first: a few hundred bytes can claim to be of any size.
     with refusing(path, "the tensors of this model"), torch.device("meta"):
         GPT(cfg, dtype).load_state_dict(state, assign=True)
+        for name, weights in made_with.get("weights", {}).items():
+            shape = (ORDERS, len(MIXTURES[name]))
+            require(weights.shape == shape, f"weights of {name}")
     model = build_model(cfg, dtype)
     model.load_state_dict(state)
-    with refusing(path, "the calibration of this script"):
-        for name, weights in made_with.get("calibration", {}).get("weights", {}).items():
-            shape = (ORDERS, len(MIXTURES[name]))
-            require(torch.tensor(weights).shape == shape, f"weights of {name}")
     model.made_with = made_with
     return model
 
@@ -2452,8 +2444,8 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
         plain = pieces[~is_byte[pieces]]
         spelled += measure(plain) + len(pieces) - len(plain)
         # A space right after BOS or a control piece is not text.
-        spelled -= int((opens[stretch[1:]] & silent[stretch[:-1]]).sum())
-        counted += int(docs.bytes[begin : begin + count].sum())
+        spelled -= (opens[stretch[1:]] & silent[stretch[:-1]]).sum()
+        counted += docs.bytes[begin : begin + count].sum()
         if counted != spelled:
             sizes = table.base + table.leading_space
             wrong = [int(i) for i in np.unique(plain) if measure(np.array([i])) != sizes[i]]
@@ -2474,7 +2466,7 @@ def audit_bytes(docs: Documents, table: ByteTable, tokenizer: spm.SentencePieceP
         f"audit bytes: only {same} of {words} words are encoded as in the validation shards;"
         " TOKENIZER_PATH is not their tokenizer; give that",
     )
-    unknown = int(is_unknown[docs.tokens.cpu().numpy()].sum())
+    unknown = is_unknown[docs.tokens.cpu().numpy()].sum()
     return (
         f"documents:{len(picks)} of:{len(docs.starts)} words:{words} same:{same}"
         f" unknown_pieces:{unknown} table_bytes:{counted} text_bytes:{spelled}"
@@ -2498,31 +2490,34 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     ends = np.cumsum(predictions + 1)
     starts = ends - predictions - 1
     spans = zip(docs.starts[picks], predictions, strict=True)
-    places = np.concatenate([start + np.arange(n + 1) for start, n in spans])
-    tokens = docs.tokens[rt.upload(places)]
-    kept = np.zeros(len(places), dtype=bool)
-    for start, n in ((starts[0], predictions[0]), (starts[2], predictions[2])):
+    tokens = torch.cat([docs.tokens[start : start + n + 1] for start, n in spans])
+    noise = np.random.default_rng(0).integers(model.cfg.vocab_size, size=len(tokens))
+    altered = rt.upload(noise).int()
+    compared = np.zeros(len(tokens) - 1, dtype=bool)
+    for i in (0, 2):
+        start = starts[i]
+        n = predictions[i]
         lesson = (n - 1) // how.chunk - 1  # the last chunk that is learned from; -1: none
-        cut = lesson * how.chunk + (how.chunk + 1) // 2 if lesson >= 0 else n // 2
-        kept[start : start + cut + 1] = True
-    noise = np.random.default_rng(0).integers(model.cfg.vocab_size, size=len(places))
-    altered = torch.where(rt.upload(kept), tokens, rt.upload(noise).int())
-    compared = rt.upload(kept[:-1] & kept[1:])  # position p predicts token p + 1 from token p
-    alone = replace(rt, rank=0, world=1, show_progress=False)
-    pairs = [replace(expert, batch=2) for expert in how.experts[:-1]]
-    how = replace(how, batch=2, isolated=True, experts=(*pairs, *how.experts[-1:]))
-    scores = []
-    for version in (tokens, altered):
+        cut = start + n // 2
+        if lesson >= 0:
+            cut = start + lesson * how.chunk + (how.chunk + 1) // 2
+        altered[start : cut + 1] = tokens[start : cut + 1]
+        compared[start:cut] = True
+    alone = replace(rt, rank=0, world=1)
+    pairs = tuple(replace(expert, batch=2) for expert in how.experts)
+    how = replace(how, batch=2, isolated=True, experts=pairs)
+
+    def score(version: Tensor) -> ndarray:
         few = replace(docs, tokens=version, starts=starts, predictions=predictions)
-        losses = score_tokens(model, few, how, alone, {})[0]
-        scores.append(losses[compared.cpu()])
-    moved = (scores[0] - scores[1]).abs().max().item() if len(scores[0]) else 0.0
+        return score_tokens(model, few, how, alone, {})[0].numpy()[compared]
+
+    moved = np.abs(score(tokens) - score(altered)).max(initial=0.0)
     require(
         moved <= rt.score_noise,  # nan fails, too
         f"audit causality: later tokens or other documents moved scores by up to {moved:g} nats,"
         f" allowed are {rt.score_noise:g}: it leaks, its score is void",
     )
-    return f"documents:{len(set(picks))} compared:{len(scores[0])}"
+    return f"documents:{len(set(picks))} compared:{compared.sum()}"
 
 
 # ==== Training ====================================================================================
@@ -2557,12 +2552,10 @@ class Trainer:
         # Per gradient and weight: the steps before its first value that is not finite.
         count = 2 * len(self.params)
         self.finite_steps = torch.zeros(count, dtype=torch.int64, device=self.rt.device)
-        names = [f.name for f in fields(self.cfg) if "decides" in f.metadata]
-        self.identity = {name.upper(): spell(getattr(self.cfg, name)) for name in names}
+        self.identity = spell_settings(self.cfg, "decides") | self.hashes
         # Over all ranks: their number may change from one attempt to the next.
         self.identity["MICRO_STEPS"] = str(self.rt.world * self.cfg.grad_accum_steps)
         self.identity["DTYPE"] = str(self.rt.dtype)
-        self.identity |= self.hashes
 
     def state(self) -> dict:
         """Everything that training changes. Tensors are not copied."""
@@ -2640,8 +2633,8 @@ class Trainer:
         """
         cfg = self.cfg
         # On two CPU cores compiling takes a minute and saves 15 to 25 % of each step.
-        seconds = cfg.max_wallclock_seconds or math.inf
-        pays = self.rt.device.type == "cuda" or (seconds >= 120 and cfg.iterations >= 200)
+        is_long = cfg.training_seconds >= 120 and cfg.iterations >= 200
+        pays = self.rt.device.type == "cuda" or is_long
         if cfg.compile == "0" or (cfg.compile == "auto" and not pays):
             return
         self.log.line("compile:started")
@@ -2748,7 +2741,7 @@ class Trainer:
         self.stop_signal = int(number)
         self.mark = now
 
-    def report(self, what: str):
+    def report(self, what: Any):
         """Check that all is finite, then log `what`, step and time as tools expect."""
         self.check_finite()
         self.log.line(
@@ -2775,7 +2768,7 @@ def train(trainer: Trainer, validate: Callable):
                 if trainer.stop_signal:
                     break
                 trainer.check_finite()  # before a long evaluation
-                trainer.report(str(validate()))
+                trainer.report(validate())
                 trainer.mark = rt.seconds()
             loss = trainer.train_step()
             trainer.tick(rt.seconds(wait=False))
@@ -2828,7 +2821,7 @@ def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
     val_shards = open_shards(cfg.data_path, "val")
     train_shards = open_shards(cfg.data_path, "train", required=not cfg.eval_only)
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    tokenizer_hash = sha256(read_file(Path(cfg.tokenizer_path))).hexdigest()
+    tokenizer_hash = digest(read_file(Path(cfg.tokenizer_path)))
     log.line(f"sha256 tokenizer:{tokenizer_hash}")
     check_tokenizer(model, tokenizer, tokenizer_hash, log)
     hashes = {}
@@ -2843,7 +2836,7 @@ def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
     for shard in val_shards:
         check_ids(shard, shard, cfg.vocab_size)
         path = Path(shard.filename)
-        log.line(f"sha256 val:{sha256(path.read_bytes()).hexdigest()} {path.name}")
+        log.line(f"sha256 val:{digest(path.read_bytes())} {path.name}")
     others = {path.name for path in Path(cfg.data_path).glob("fineweb_*.bin")} - hashes.keys()
     if others:
         log.line(f"warning: not read, since no shard has such a name: {', '.join(sorted(others))}")
@@ -2852,12 +2845,12 @@ def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
     docs = split_documents(tokens, tokenizer.bos_id(), cfg.max_val_docs, table, rt.device)
     log.line(f"audit bytes: {audit_bytes(docs, table, tokenizer)} PASS")
     model.made_with |= {
-        "settings": {name: spell(getattr(cfg, spec.name)) for name, spec in TRAVELLING.items()},
+        "settings": spell_settings(cfg, "travels"),
         "tokenizer": tokenizer_hash,
         "train_seq_len": cfg.train_seq_len,
     }
-    stream = TokenStream(train_shards, cfg.vocab_size)
     hashes["tokenizer"] = tokenizer_hash
+    stream = TokenStream(train_shards, cfg.vocab_size)
     return Inputs(model.to(rt.device), stream, docs, hashes)
 
 
@@ -2887,7 +2880,7 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
     """Load, train, export, score."""
     if cfg.eval_only:
         log.artifact = Path(cfg.model_path)
-        log.artifact_hash = rt.from_rank0(lambda: sha256(read_file(log.artifact)).hexdigest())
+        log.artifact_hash = rt.from_rank0(lambda: digest(read_file(log.artifact)))
     model, stream, docs, hashes = rt.together(lambda: load_inputs(cfg, rt, log))
     cfg = model.cfg
     documents = len(docs.starts)
@@ -2899,11 +2892,12 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
     trainer = None
     if not cfg.eval_only:
         flat = ladder(docs, model, rt)["flat"]
+        validate = functools.partial(evaluate, model, docs, flat, rt)
         trainer = Trainer(model, stream, rt, log, hashes)
         if cfg.resume:
             trainer.resume()
-        train(trainer, lambda: evaluate(model, docs, flat, rt))
-    if trainer or (stream.shards and "calibration" not in model.made_with):
+        train(trainer, validate)
+    if trainer or (stream.shards and "weights" not in model.made_with):
         if cfg.eval_only:
             log.line("calibration: on training text, which the rules forbid after training")
         calibrate(model, stream, int(docs.tokens[docs.starts[0]]), rt, log)
@@ -2912,7 +2906,7 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
         with rt.signals.deferred():
             rt.from_rank0(lambda: export(model, stream, log))
     if trainer:
-        trainer.report(str(evaluate(model, docs, flat, rt)))
+        trainer.report(validate())
     score_artifact(model, docs, rt, log)
 
 
@@ -2920,13 +2914,13 @@ def read_artifact(cfg: Config, log: RunLog) -> dict:
     """The weights in the artifact, as read back from disk. `UserError` if it changed meanwhile."""
     path = log.artifact
     blob = read_file(path)
-    found = sha256(blob).hexdigest()
+    found = digest(blob)
     require(
         found == log.artifact_hash,
         f"{path}: its SHA-256 is {found}, expected {log.artifact_hash}: another program replaced it;"
         " give every run its own OUT_DIR",
     )
-    size = len(blob) + len(source_code().encode())
+    size = len(blob) + len(source_code())
     room = cfg.artifact_budget - size
     verdict = "PASS" if room >= 0 else "FAIL"
     log.line(f"sha256 artifact:{found} {path.name}")
@@ -2944,32 +2938,29 @@ def score_artifact(model: GPT, docs: Documents, rt: Runtime, log: RunLog):
         " (audit causality), one pass (audit coverage)"
     )
     rungs = ladder(docs, model, rt)
-    missing = ", ".join(name for name in cfg.eval if name not in rungs)
-    if missing:
-        problem = (
-            f"{missing}: {log.artifact} has no weights for mixtures, DATA_PATH no training text"
-        )
-        require("EVAL" not in os.environ, f"EVAL={problem}; expected one of them; leave these out")
-        log.line(f"left out of EVAL: {problem}")
     names = [name for name in cfg.eval if name in rungs]
+    if len(names) < len(cfg.eval):
+        problem = f"{log.artifact} holds no weights of mixtures, and calibration found none"
+        require("EVAL" not in os.environ, f"EVAL: {problem}; leave the mixtures out")
+        log.line(f"left out of EVAL: the mixtures, since {problem}")
     scores = {}
     known = {}
     spent = {}  # seconds by condition or expert
     total = 0.0
     for name in names:
         how = rungs[name]
-        began = rt.seconds()
+        auditing = 0.0
         if how.learner or how.experts or name == names[-1]:
+            began = rt.seconds()
             compared = rt.together(lambda how=how: audit_causality(model, docs, how, rt))
-            milliseconds = 1000 * (rt.seconds() - began)
-            log.line(f"audit causality: condition:{name} {compared} time:{milliseconds:.0f}ms PASS")
-        auditing = rt.seconds() - began
+            auditing = rt.seconds() - began
+            took = f"time:{1000 * auditing:.0f}ms"
+            log.line(f"audit causality: condition:{name} {compared} {took} PASS")
         parts = (*how.experts, how)
         for part in parts:
-            if part not in spent:
-                began = rt.seconds()
-                score_tokens(model, docs, part, rt, known)
-                spent[part] = rt.seconds() - began
+            began = rt.seconds()
+            score_tokens(model, docs, part, rt, known)
+            spent.setdefault(part, rt.seconds() - began)
         scores[name] = evaluate(model, docs, how, rt, known)
         seconds = sum(spent[part] for part in parts)
         report_condition(name, how, scores[name], scores[names[0]], seconds, docs, log)
@@ -2994,7 +2985,7 @@ def report_condition(
     log: RunLog,
 ):
     """Log coverage and score: for people, in the old tools' format, and as JSON."""
-    before = int(docs.starts[0]) if how.isolated else 0
+    before = docs.starts[0] if how.isolated else 0
     targets = len(docs.tokens) - 1
     log.line(
         f"audit coverage: condition:{name} targets:{targets + docs.beyond_limit}"
@@ -3035,8 +3026,8 @@ def write_scores(path: Path, scores: dict, docs: Documents, log: RunLog):
     if path.suffix == ".npz":
         buffer = io.BytesIO()
         losses = {name: score.losses for name, score in scores.items()}
-        sizes = docs.bytes.cpu().numpy()
-        np.savez(buffer, starts=docs.starts, predictions=docs.predictions, bytes=sizes, **losses)
+        spans = {"starts": docs.starts, "predictions": docs.predictions}
+        np.savez(buffer, **spans, bytes=docs.bytes, **losses)
         data = buffer.getvalue()
     else:
         lines = [",".join(("condition", *next(iter(scores.values())).columns))]
@@ -3045,7 +3036,7 @@ def write_scores(path: Path, scores: dict, docs: Documents, log: RunLog):
                 lines.append(",".join(map(str, (name, *row))))
         data = ("\n".join(lines) + "\n").encode()
     write_atomically(path, data)
-    log.line(f"scores:{path} sha256:{sha256(data).hexdigest()}")
+    log.line(f"scores:{path} sha256:{digest(data)}")
 
 
 def explain_stop(number: int, cfg: Config, log: RunLog) -> str:
