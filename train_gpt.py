@@ -187,7 +187,7 @@ class Config:
     iterations: int = decisive(20000, "maximum steps")
     max_wallclock_seconds: float = decisive(600.0, "training time limit; 0: none")
     calibration_seconds: float = setting(
-        0.0, "part of that limit kept for calibration, at most half of it; 0: 2 %"
+        0.0, "part of that limit kept for calibration, at most half of it; 0: 2 % of it"
     )
     warmdown_iters: int = decisive(1200, "final steps over which the learning rates decay to 0")
     train_batch_tokens: int = decisive(524288, "tokens per step, over all ranks", 1, 1e9)
@@ -243,8 +243,7 @@ class Config:
         cap = self.max_wallclock_seconds
         if not cap:
             return math.inf
-        kept = self.calibration_seconds or 0.02 * cap
-        return cap - min(kept, cap / 2)
+        return cap - min(self.calibration_seconds or 0.02 * cap, cap / 2)
 
 
 SETTINGS = {spec.name.upper(): spec for spec in fields(Config)}
@@ -1151,7 +1150,7 @@ class KVCache:
 
     def __post_init__(self):
         self.began = torch.zeros(self.rows, dtype=torch.int64, device=self.rt.device)
-        self.past = {}  # keys and values by attention module, each (2, rows, G, W, N)
+        self.past = {}  # keys and values of each layer in turn, (2, rows, G, W, N)
 
     def restart(self, rows: Tensor):
         """Start new documents in these rows: hide everything that was cached before."""
@@ -1167,14 +1166,17 @@ class KVCache:
         self.mask = torch.where(hidden, -math.inf, 0.0).to(self.rt.dtype)
         self.positions = queries - began[:, None]
         self.now += self.chunk
+        self.layer = 0  # the next to be extended
 
-    def extend(self, layer: nn.Module, new: Tensor) -> Tensor:
-        """Append the keys and values of a chunk, `new` (2, batch, G, C, N), to one layer of the cache.
+    def extend(self, new: Tensor) -> Tensor:
+        """Append the keys and values of a chunk, `new` (2, batch, G, C, N), to the next layer.
 
         Returns those that the chunk's queries may see, (2, batch, G, W + C, N); `mask` hides what
         belongs to an earlier document.
         """
         _, batch, heads, _, dim = new.shape
+        layer = self.layer
+        self.layer += 1
         if layer not in self.past:
             self.past[layer] = new.new_zeros(2, self.rows, heads, self.window, dim)
         past = self.past[layer][:, :batch]
@@ -1213,7 +1215,7 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v)
         else:
-            k, v = cache.extend(self, torch.stack((k, v)))
+            k, v = cache.extend(torch.stack((k, v)))
             y = masked_attention(q, k, v, cache.mask)
         y = y.transpose(1, 2).reshape(x.shape)
         return self.proj(y, lora.attn_proj)
@@ -1638,7 +1640,7 @@ def ladder(docs: Documents, model: GPT, rt: Runtime) -> dict:
     }
     for name, weights in model.made_with.get("weights", {}).items():
         experts = tuple(rungs[expert] for expert in MIXTURES[name][:-1])
-        final = "final_int8_ttt_mix" if name == "mix" else ""
+        final = f"final_int8_ttt_{name}"
         rungs[name] = replace(experts[-1], experts=experts, weights=weights, final=final)
     return rungs
 
@@ -1999,7 +2001,6 @@ def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLo
 
     Stops at the stream's deadline: what is then missing is left out.
     """
-    began = rt.seconds()
     docs = last_documents(stream, bos, 512, 2**14, rt)
     how = ladder(docs, model, rt)["stream"]
     tried = {}
@@ -2030,8 +2031,7 @@ def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLo
     trained_on = stream.position > max(0, stream.begins[-1] - TAIL)
     log.line(
         f"calibration: rate:{rate:.6f} rates_tried:{len(tried)} weights:{len(weights)}"
-        f" trained_on:{trained_on:d} time:{rt.seconds() - began:.1f}s"
-        f" before_time_limit:{stream.seconds_left:.1f}s"
+        f" trained_on:{trained_on:d} before_time_limit:{stream.seconds_left:.1f}s"
     )
 
 
@@ -2791,8 +2791,10 @@ def train(trainer: Trainer, validate: Callable):
                 f" step:{trainer.step}/{cfg.iterations}"
             )
         spent = trainer.elapsed_ms / 1000
-        if cfg.max_wallclock_seconds:
-            trainer.stream.deadline = trainer.mark + cfg.max_wallclock_seconds - spent
+        limit = cfg.max_wallclock_seconds - spent
+        if not cfg.max_wallclock_seconds:
+            limit = cfg.calibration_seconds or math.inf
+        trainer.stream.deadline = trainer.mark + limit
         seen = trainer.stream.position
         trainer.log.line(
             f"train_tokens:{seen} of:{trainer.stream.begins[-1]}"
@@ -2883,12 +2885,13 @@ def run(cfg: Config, rt: Runtime, log: RunLog):
         log.artifact_hash = rt.from_rank0(lambda: digest(read_file(log.artifact)))
     model, stream, docs, hashes = rt.together(lambda: load_inputs(cfg, rt, log))
     cfg = model.cfg
-    documents = len(docs.starts)
-    size = len(docs.tokens)
-    full = "full FineWeb" if (documents, size) == FULL_VALIDATION else "not the full FineWeb"
-    log.line(f"validation: {full} ({documents:,} documents, {size:,} tokens)")
-    count = sum(p.numel() for p in model.parameters())
-    log.line(f"model_params:{count} num_layers:{cfg.num_layers} model_dim:{cfg.model_dim}")
+    size = (len(docs.starts), len(docs.tokens))
+    full = "full FineWeb" if size == FULL_VALIDATION else "not the full FineWeb"
+    log.line(f"validation: {full} ({size[0]:,} documents, {size[1]:,} tokens)")
+    log.line(
+        f"model_params:{sum(p.numel() for p in model.parameters())} num_layers:{cfg.num_layers}"
+        f" model_dim:{cfg.model_dim}"
+    )
     trainer = None
     if not cfg.eval_only:
         flat = ladder(docs, model, rt)["flat"]
@@ -2949,13 +2952,10 @@ def score_artifact(model: GPT, docs: Documents, rt: Runtime, log: RunLog):
     total = 0.0
     for name in names:
         how = rungs[name]
-        auditing = 0.0
-        if how.learner or how.experts or name == names[-1]:
-            began = rt.seconds()
-            compared = rt.together(lambda how=how: audit_causality(model, docs, how, rt))
-            auditing = rt.seconds() - began
-            took = f"time:{1000 * auditing:.0f}ms"
-            log.line(f"audit causality: condition:{name} {compared} {took} PASS")
+        began = rt.seconds()
+        compared = rt.together(lambda how=how: audit_causality(model, docs, how, rt))
+        auditing = rt.seconds() - began
+        log.line(f"audit causality: condition:{name} {compared} PASS")
         parts = (*how.experts, how)
         for part in parts:
             began = rt.seconds()
@@ -2998,7 +2998,7 @@ def report_condition(
     log.line(
         f"ladder condition:{name} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}"
         f" delta_bpb:{score.bpb - first.bpb:+.4f} docs:{documents} tokens:{score.tokens}"
-        f" bytes:{score.bytes} {spent} experts:{','.join(MIXTURES.get(name, [name]))}"
+        f" bytes:{score.bytes} {spent}"
     )
     result = {
         "condition": name,
@@ -3026,8 +3026,8 @@ def write_scores(path: Path, scores: dict, docs: Documents, log: RunLog):
     if path.suffix == ".npz":
         buffer = io.BytesIO()
         losses = {name: score.losses for name, score in scores.items()}
-        spans = {"starts": docs.starts, "predictions": docs.predictions}
-        np.savez(buffer, **spans, bytes=docs.bytes, **losses)
+        spans = {"starts": docs.starts, "predictions": docs.predictions, "bytes": docs.bytes}
+        np.savez(buffer, **spans, **losses)
         data = buffer.getvalue()
     else:
         lines = [",".join(("condition", *next(iter(scores.values())).columns))]

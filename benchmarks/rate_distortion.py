@@ -98,7 +98,7 @@ def training_stream(model: tg.GPT) -> tg.TokenStream:
 def our_artifact(model: tg.GPT, size: int) -> bytes:
     """Our artifact of the model in at most `size` bytes."""
     model = copy.copy(model)
-    budget = size + len(tg.source_code().encode())
+    budget = size + len(tg.source_code())
     model.cfg = replace(model.cfg, artifact_budget=budget)
     blob = tg.fit_artifact(
         model, dict(model.state_dict()), training_stream(model), tg.RunLog(rank=1)

@@ -339,7 +339,7 @@ def settings(bench: Bench) -> dict[str, tg.Condition]:
     best = bench.condition("stream")
     learner = best.learner
     found = {name: bench.condition(name) for name in RUNGS}
-    for chunk in (16, 32, 256):
+    for chunk in (16, 64, 256):
         lr = learner.lr * (chunk / best.chunk) ** 0.5
         found[f"stream, chunk {chunk}"] = replace(
             best, chunk=chunk, learner=replace(learner, lr=lr)

@@ -276,7 +276,7 @@ def split_log(path: Path, content: bytes) -> tuple[str, list[Attempt]]:
         raise ValueError(f"{path}: found {found}; expected 2: the log of one run has one head")
     source, _, body = parts
     before, *pieces = re.split(rf"^attempt:(\d+)(?:{PARTIAL})?\n", body, flags=re.MULTILINE)
-    if before or not pieces:
+    if before.strip() or not pieces:
         found = body.split("\n")[0]
         expected = "'attempt:1', with which logs of this script go on (older logs are not read)"
         raise ValueError(f"{path}: found {found!r} below the head; expected {expected}")

@@ -13,7 +13,7 @@ from rate_distortion import record_content
 
 import train_gpt as tg
 
-CODE = len(tg.source_code().encode())
+CODE = len(tg.source_code())
 
 
 def published_loader(blob):

@@ -154,7 +154,7 @@ def test_rate_distortion_compares_at_equal_bytes(bench, tmp_path, monkeypatch):
 
 
 def test_quantisation_is_timed(printed):
-    budget = len(tg.source_code().encode()) + 40_000
+    budget = len(tg.source_code()) + 40_000
     rate_distortion.print_times(tiny_training(artifact_budget=budget), 1)
     _, rows = printed()
     theirs, ours = (int(row[2]) for row in rows[:2])

@@ -334,14 +334,6 @@ def test_coverage_refuses_what_is_not_scored_once(row, position, value, found):
         tg.check_coverage(*ledger, docs, how)
 
 
-def test_a_score_over_no_bytes_is_refused(rt):
-    """All text stands before the first document: there is nothing to divide by."""
-    docs = with_lead([20, 30])
-    docs.bytes[5:] = 0
-    with pytest.raises(tg.UserError, match="0 bytes"):
-        score(tiny_model(tiny_config(), rt), docs, rt, learn=False)
-
-
 def test_totals_are_rounded_once():
     """Sums in any order, and those of whoever adds the file up exactly, are the printed totals."""
     powers = np.random.default_rng(1).integers(-8, 8, 10_001)

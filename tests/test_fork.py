@@ -28,11 +28,10 @@ FORKS = {
             + SETTING,
         ),
         (
-            "            x = block(x, x0, rope, adapters.blocks[layer], cache, layer)\n",
+            "            x = block(x, x0, rope, adapters.blocks[layer], cache)\n",
             "            is_middle = 0 < layer < len(self.blocks) - 1\n"
-            "            for loop in range(self.cfg.loop_count if is_middle else 1):\n"
-            "                place = layer + loop * len(self.blocks)  # in the KV cache\n"
-            "                x = block(x, x0, rope, adapters.blocks[layer], cache, place)\n",
+            "            for _ in range(self.cfg.loop_count if is_middle else 1):\n"
+            "                x = block(x, x0, rope, adapters.blocks[layer], cache)\n",
         ),
     ],
     "gate": [

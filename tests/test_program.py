@@ -144,9 +144,10 @@ def test_audits_sizes_and_hashes(runs):
     counts = "unknown_pieces:0 table_bytes:33165 text_bytes:33165"
     assert f"audit bytes: documents:30 of:30 words:5073 same:5073 {counts} PASS" in lines
     # Chunks of 64 in windows of 128: four chunks are cut in the third, two in the first.
-    found = re.findall(r"^audit causality: condition:(.*) time:\d+ms PASS$", text, re.M)
+    found = re.findall(r"^audit causality: condition:(\w+) (.*) PASS$", text, re.M)
+    assert ",".join(name for name, _ in found) == RUNGS
     compared = f"documents:3 compared:{64 + 64 + 32 + 32}"
-    assert found == [f"ttt {compared}", f"stream {compared}"]
+    assert found[3] == ("ttt", compared)
     artifact = folder / "final_model.int8.ptz"
     files = {"script": ROOT / "train_gpt.py", "tokenizer": CONFORMANCE / "tokenizer.model"}
     files |= {"val": CONFORMANCE / VAL, "artifact": artifact}
@@ -204,8 +205,6 @@ def test_a_checkpoint_is_scored_like_the_artifact_of_its_training(runs, run_here
     assert list_files(tmp_path) == ["eval_test.step000000003.int8.ptz", "logs/test.txt"]
     before = read_scores(text)
     assert read_scores(again) == {name: before[name] for name in ("ttt", "stride", "doc")}
-    # What learns is audited, and the rung that the run ends with.
-    assert re.findall(r"^audit causality: condition:(\w+) ", again, re.M) == ["ttt", "doc"]
 
 
 def test_a_published_artifact_needs_no_shape_and_no_training_shards(
@@ -273,7 +272,7 @@ def test_two_ranks_round_an_unusual_model_to_its_budget(tmp_path):
 
     Rank 0 rounds the weights while the other waits, and both read them back.
     """
-    budget = str(len(tg.source_code().encode()) + 80_000)
+    budget = str(len(tg.source_code()) + 80_000)
     settings = {"NUM_LAYERS": "1", "TIE_EMBEDDINGS": "0", "DTYPE": "bfloat16", "COMPILE": "0"}
     settings |= {"ITERATIONS": "100000", "MAX_WALLCLOCK_SECONDS": "1", "WARMDOWN_ITERS": "5"}
     done = run_forked(tmp_path, 2, MAX_VAL_DOCS="1", ARTIFACT_BUDGET=budget, **settings)
@@ -331,9 +330,8 @@ def test_one_rank_that_refuses_stops_the_others_with_its_line(tmp_path):
 def test_progress_is_for_people(tmp_path):
     """Bars appear on a terminal only; neither standard output nor the log ever holds one."""
     terminal = "tg.sys.stderr.isatty = lambda: True"
-    done = run_forked(tmp_path, hook=terminal, EVAL="flat")
+    done = run_forked(tmp_path, hook=terminal, EVAL="flat", ITERATIONS="80")
     assert done.returncode == 0
-    for what in ("training", "evaluating"):
-        assert re.search(rf"{what} +\d+%\|", done.stderr)
-    log = (tmp_path / "logs" / "test.txt").read_text().removeprefix(tg.source_code())
+    assert re.search(r"training +\d+%\|", done.stderr)  # what takes under a second has none
+    log = (tmp_path / "logs" / "test.txt").read_text().removeprefix(tg.source_code().decode())
     assert not re.search(r"%\||\r", done.stdout + log)

@@ -135,7 +135,7 @@ submission_size:{sizes.total} budget:{sizes.budget}
 
 def test_a_log_says_what_was_written(log):
     """What is read stands in the text; test_a_record_holds_... finds the scores file."""
-    assert log.source == tg.source_code()
+    assert log.source == tg.source_code().decode()
     assert [point.step for point in log.training] == [*range(1, 13)]
     text = log.path.read_text()
     for expected in lines(WRITTEN.format_map(vars(log))):
@@ -145,8 +145,8 @@ def test_a_log_says_what_was_written(log):
 UNUSUAL = r"""
 ^command: (.*)python => command: GRAD_ACCUM_STEPS=0 \1torchrun --standalone --nproc_per_node=2
 world_size:1 => world_size:2
-(config:.*SECONDS)=0.0 => \1=1e-05
-(command:.*SECONDS)=0 => \1=0.00001
+(config:.*CLOCK_SECONDS)=0.0 => \1=1e-05
+(command:.*CLOCK_SECONDS)=0 => \1=0.00001
 ^(command:.*PRESET)=cpu => \1=auto
 ^(command:.*DEVICE)=cpu => \1=auto
  ITERATIONS=12 =>  ITERATIONS=20

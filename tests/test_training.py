@@ -180,7 +180,7 @@ def test_every_rank_follows_rank_0_s_clock(rt, monkeypatch):
         (0.0, 199, "auto", False),
         (0.0, 200, "auto", True),
         (119.0, 10**6, "auto", False),
-        (120.0, 200, "auto", True),
+        (123.0, 200, "auto", True),
         (600.0, 10**6, "0", False),
     ],
 )
