@@ -1922,7 +1922,7 @@ def score_tokens(model: GPT, docs: Documents, how: Condition, rt: Runtime, known
     if how.experts:
         parts = [score_tokens(model, docs, expert, rt, known) for expert in how.experts]
         copied, match = copy_losses(docs, model.cfg.vocab_size, rt).cpu()
-        losses = torch.stack([*(part[0] for part in parts), copied], dim=1)
+        losses = torch.stack([*(part[0] for part in parts), copied], 1)
         weights = how.weights / how.weights.sum(1, keepdim=True)
         mixed = -(weights.log()[match.long()] - losses.double()).logsumexp(1)
         times = parts[0][1]
@@ -1959,8 +1959,8 @@ def last_documents(
     starts = np.flatnonzero(is_start)
     predictions = np.minimum(np.diff(starts, append=size - 1), longest)
     kept = (predictions > 0) & (predictions[::-1].cumsum()[::-1] <= total)
-    sizes = np.zeros(size - 1)  # no score of these documents is in bits per byte
-    return Documents(rt.upload(tokens), sizes, starts[kept], predictions[kept])
+    # No score of these documents is in bits per byte: their bytes are left 0.
+    return Documents(rt.upload(tokens), np.zeros(size - 1), starts[kept], predictions[kept])
 
 
 def find_rate(loss_at: Callable) -> float:
@@ -1975,9 +1975,7 @@ def find_rate(loss_at: Callable) -> float:
     below = loss_at(best / 2)
     above = loss_at(best * 2)
     bend = below - 2 * losses[best] + above
-    shift = 0.0
-    if 0 < bend < math.inf:
-        shift = (below - above) / (2 * bend)
+    shift = (below - above) / (2 * bend) if 0 < bend < math.inf else 0.0
     return best * 2 ** max(-1.0, min(1.0, shift))
 
 
@@ -2001,15 +1999,17 @@ def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLo
 
     Stops at the stream's deadline: what is then missing is left out.
     """
-    docs = last_documents(stream, bos, 512, 2**14, rt)
+    docs = last_documents(stream, bos, 512, 2**13, rt)
     how = ladder(docs, model, rt)["stream"]
     tried = {}
 
-    def has_time() -> bool:
-        return rt.maximum(-stream.seconds_left)[0] < 0
+    half = stream.seconds_left / 2  # is kept for the weights, which matter more than the rate
+
+    def is_short(kept: float) -> bool:
+        return rt.maximum(kept - stream.seconds_left)[0] > 0
 
     def loss_at(rate: float) -> float:
-        if rate not in tried and has_time():
+        if rate not in tried and not is_short(half):
             learner = replace(how.learner, lr=rate)
             ledger = score_documents(model, docs, replace(how, learner=learner), rt)
             tried[rate] = ledger[0].sum().item()
@@ -2018,7 +2018,7 @@ def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLo
     rate = find_rate(loss_at)
     weights = {}
     model.made_with |= {"stream_lr": rate, "weights": weights}
-    if has_time():
+    if not is_short(0.0):
         docs = last_documents(stream, bos, 4096, 20_000, rt)
         rungs = ladder(docs, model, rt)
         columns = {}
@@ -2026,12 +2026,12 @@ def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLo
             columns[name], times = score_documents(model, docs, rungs[name], rt).cpu()
         columns["copy"], match = copy_losses(docs, model.cfg.vocab_size, rt).cpu()
         for name, experts in MIXTURES.items():
-            losses = torch.stack([columns[expert] for expert in experts], dim=1).double()
+            losses = torch.stack([columns[expert] for expert in experts], 1).double()
             weights[name] = fit_weights(losses[times > 0], match[times > 0].long())
-    trained_on = stream.position > max(0, stream.begins[-1] - TAIL)
     log.line(
-        f"calibration: rate:{rate:.6f} rates_tried:{len(tried)} weights:{len(weights)}"
-        f" trained_on:{trained_on:d} before_time_limit:{stream.seconds_left:.1f}s"
+        f"calibration: rate:{rate:.6f} rates_tried:{len(tried)}"
+        f" trained_on:{stream.position > max(0, stream.begins[-1] - TAIL):d}"
+        f" before_time_limit:{stream.seconds_left:.1f}s"
     )
 
 
@@ -2852,8 +2852,7 @@ def load_inputs(cfg: Config, rt: Runtime, log: RunLog) -> Inputs:
         "train_seq_len": cfg.train_seq_len,
     }
     hashes["tokenizer"] = tokenizer_hash
-    stream = TokenStream(train_shards, cfg.vocab_size)
-    return Inputs(model.to(rt.device), stream, docs, hashes)
+    return Inputs(model.to(rt.device), TokenStream(train_shards, cfg.vocab_size), docs, hashes)
 
 
 def check_tokenizer(model: GPT, tokenizer: spm.SentencePieceProcessor, found: str, log: RunLog):

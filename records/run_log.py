@@ -34,6 +34,7 @@ LABELS = {
     "stride+copy": "stride mixed with a copy model",
     "mix": "stride, stream and copy mixed",
 }
+MIXTURES = ("stride+copy", "mix")  # need weights, which calibration may have had no time to find
 # Commands may give these values; the line `config:` has what the program chose instead.
 CHOSEN = {("PRESET", "auto"), ("DEVICE", "auto"), ("GRAD_ACCUM_STEPS", "0")}
 # In these, attempts at one run may differ: the log's own name may be given to go on with it.
@@ -223,7 +224,10 @@ def read_log(path: Path) -> RunLog:
     config = read_config(last)
     where = last.parse_one("preset:", r"(\w+) device:(\S+) world_size:(\d+) dtype:(\S+)")
     preset, device = where[1], where[2]
-    results = read_results(last, config["EVAL"].split(","))
+    conditions = config["EVAL"].split(",")
+    if last.all("left out of EVAL: the mixtures, "):
+        conditions = [name for name in conditions if name not in MIXTURES]
+    results = read_results(last, conditions)
     check_audits(last, results)
     eval_seconds, eval_verdict = read_eval_time(last, preset, results)
     validation = read_points(attempts, "val")

@@ -24,6 +24,7 @@ from conftest import (
     script_behind,
     write_shard,
 )
+from test_artifact import published_loader
 from torch.utils._pytree import tree_leaves
 
 import train_gpt as tg
@@ -229,6 +230,9 @@ def test_an_artifact_brings_its_settings(run_here, tmp_path):
     odd = {"ROPE_BASE": "500000", "LOGIT_SOFTCAP": "15", "EVAL": "flat"}
     score = read_scores(run_here(tmp_path, **odd).out)
     path = tmp_path / "final_model.int8.ptz"
+    seen = published_loader(path.read_bytes())  # which knows no settings
+    ours, _ = tg.parse_weights(path.read_bytes(), path)
+    assert all(torch.equal(seen[name], tensor) for name, tensor in ours.items())
     alone = EVAL_ARTIFACT | {"TRAIN_SEQ_LEN": "128", "EVAL": "flat", "MODEL_PATH": str(path)}
     ended = run_here(tmp_path / "alone", **alone)
     assert read_scores(ended.out) == score and "holds none" not in ended.out
