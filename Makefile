@@ -26,7 +26,7 @@ quick: $(VENV)/runtime
 	  TRAIN_SEQ_LEN=512 OUT_DIR=out/quick $(BIN)/python train_gpt.py
 	echo && grep "^ladder" "$$(ls -t out/quick/logs/*.txt | head -n 1)"
 
-# Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 6 minutes on 2 cores
+# Train a small GPT on text that is already on this machine, make the artifact, score it, draw the scores. About 4 minutes on 2 cores
 # after the installation. RESUME=auto goes on with a demo that was stopped; RUN_ID=name gives it a name.
 demo: $(DEMO)/manifest.json $(VENV)/dev
 	PRESET=cpu OUT_DIR=out/demo SCORES_PATH=scores.csv $(TORCHRUN) --nproc_per_node=1 train_gpt.py
