@@ -1,6 +1,5 @@
 """The copy model, mixtures of it with others, and the calibration that finds their weights."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -53,11 +52,10 @@ def count_by_hand(text, vocab_size):
             context = text[i + 1 - order : i + 1]
             if len(context) < order or i + 1 < order:
                 break
-            followers = [
-                text[j + 1]
-                for j in range(max(order - 1, 0), i)
-                if text[j + 1 - order : j + 1] == context
-            ]
+            followers = []
+            for j in range(max(order - 1, 0), i):
+                if text[j + 1 - order : j + 1] == context:
+                    followers.append(text[j + 1])
             escape = 0.6 * len(set(followers)) + 0.2 if order else 0.5 * vocab_size
             p = (followers.count(text[i + 1]) + escape * p) / (len(followers) + escape)
             if followers:
@@ -112,15 +110,12 @@ def test_a_mixture_is_its_experts_average(rt, name):
     known = {}
     mixed, times = tg.score_tokens(model, docs, rungs[name], rt, known)
     names = tg.MIXTURES[name]
-    ledgers = [known[rungs[expert]] for expert in names[:-1]]
-    ledgers.append(tg.copy_losses(docs, model.cfg.vocab_size, rt))
-    weights = model.made_with["weights"][name].numpy()
-    for p in np.flatnonzero(times):
-        row = weights[int(ledgers[-1][1][p])]
-        expected = sum(
-            w * np.exp(-ledger[0][p].item()) for w, ledger in zip(row, ledgers, strict=True)
-        )
-        assert mixed[p].item() == pytest.approx(-np.log(expected), rel=1e-5)
+    copied, match = tg.copy_losses(docs, model.cfg.vocab_size, rt)
+    losses = [known[rungs[expert]][0] for expert in names[:-1]]
+    probabilities = torch.stack([*losses, copied], dim=1).neg().exp()
+    weights = model.made_with["weights"][name][match.long()]
+    expected = -(weights * probabilities).sum(1).log()
+    torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-6)
     assert times.eq(1).all() and len(known) == len(names)
 
 
@@ -129,10 +124,8 @@ def test_a_leak_of_the_copy_model_is_found(rt, monkeypatch):
     docs = repetitive_documents([50, 9, 60, 33, 40])
     how = tg.ladder(docs, model, rt)["stride+copy"]
     assert tg.audit_causality(model, docs, how, rt).startswith("documents:3 compared:")
-    monkeypatch.setattr(
-        tg, "sum_earlier", lambda keys, values: keys.bincount(minlength=1)[keys] * values
-    )
-    with pytest.raises(tg.UserError, match=r"audit causality: .*leaks|negative"):
+    monkeypatch.setattr(tg, "sum_earlier", lambda keys, values: keys.bincount()[keys] * values)
+    with pytest.raises(tg.UserError, match=r"audit causality: .*leaks"):
         tg.audit_causality(model, docs, how, rt)
 
 
@@ -167,14 +160,11 @@ def test_weights_follow_the_expert_that_predicts(rt):
 
 def test_the_last_documents_are_cut(rt):
     parts = [[1, *range(5, 5 + n)] for n in (9, 3, 6, 4)]
-    stream = tg.TokenStream([np.array([*itertools.chain(*parts)])], 96)
+    stream = tg.TokenStream([np.concatenate(parts)], 96)
     docs = tg.last_documents(stream, 1, 5, 14, rt)
-    texts = [
-        docs.tokens[start : start + count + 1].tolist()
-        for start, count in zip(docs.starts, docs.predictions, strict=True)
-    ]
-    # Two are cut to five targets, the last one ends with the stream.
-    assert texts == [[1, 5, 6, 7, 1], [1, 5, 6, 7, 8, 9], [1, 5, 6, 7, 8]]
+    # The last three; two are cut to five targets, the last one ends with the stream.
+    assert docs.starts.tolist() == [10, 14, 21]
+    assert docs.predictions.tolist() == [4, 5, 4]
     # Text without any document's beginning is one.
     stream = tg.TokenStream([np.arange(5, 45)], 96)
     docs = tg.last_documents(stream, 1, 10, 20, rt)
