@@ -187,7 +187,7 @@ class Config:
     iterations: int = decisive(20000, "maximum steps")
     max_wallclock_seconds: float = decisive(600.0, "training time limit; 0: none")
     calibration_seconds: float = setting(
-        0.0, "part of that limit kept for calibration, at most half of it; 0: 2 % of it"
+        0.0, "kept of that limit for calibration, at most half; 0: 2 %; without a limit: its own"
     )
     warmdown_iters: int = decisive(1200, "final steps over which the learning rates decay to 0")
     train_batch_tokens: int = decisive(524288, "tokens per step, over all ranks", 1, 1e9)
@@ -1867,10 +1867,10 @@ def sum_earlier(keys: Tensor, values: Tensor) -> Tensor:
 def copy_model(tokens: Tensor, opens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Probability of each token but the first by its document's earlier targets, (n - 1,) fp64.
 
-    tokens (n,) int64; opens (n - 1,) bool: a document begins here. After each context of 0 to 6 tokens, counts are
-    blended with the prediction of the next shorter context: prediction by partial matching (Moffat
-    1990) with escapes that grow with the kinds of targets seen (Witten and Bell 1991). Also returns
-    the length of the longest context seen before, (n - 1,) int64.
+    tokens (n,) int64; opens (n - 1,) bool: a document begins here. After each context of 0 to 6
+    tokens, counts are blended with the prediction of the next shorter context: prediction by partial
+    matching (Moffat 1990) with escapes that grow with the kinds of targets seen (Witten and Bell
+    1991). Also returns the length of the longest context seen before, (n - 1,) int64.
     """
     inputs = tokens[:-1]
     targets = tokens[1:]
@@ -2255,7 +2255,7 @@ def fit_artifact(model: GPT, state: dict, stream: TokenStream, log: RunLog) -> b
 
 
 def export(model: GPT, stream: TokenStream, log: RunLog):
-    """Write the weights and the artifact, log their sizes. The stream serves the calibration."""
+    """Write the weights and the artifact, log their sizes. `stream` is for `measure_matrices`."""
     cfg = model.cfg
     # EVAL_ONLY writes only the artifact, under a name that no training uses.
     name = f"eval_{Path(cfg.model_path).stem}" if cfg.eval_only else "final_model"
@@ -2936,7 +2936,7 @@ def score_artifact(model: GPT, docs: Documents, rt: Runtime, log: RunLog):
     model.load_state_dict(rt.from_rank0(lambda: read_artifact(cfg, log)))
     log.line(
         "conditions: causal (audit causality), normalised (softmax over the vocabulary, mixed"
-        " with weights that sum to 1; tests/test_model.py, tests/test_evaluation.py), score first"
+        " with weights that sum to 1; tests/test_model.py, tests/test_mixtures.py), score first"
         " (audit causality), one pass (audit coverage)"
     )
     rungs = ladder(docs, model, rt)

@@ -51,6 +51,11 @@ class Bench:
         return tg.ladder(self.docs, self.model, self.rt)[name]
 
 
+def open_stream(cfg: tg.Config) -> tg.TokenStream:
+    """The training tokens in DATA_PATH."""
+    return tg.TokenStream(tg.open_shards(cfg.data_path, "train"), cfg.vocab_size)
+
+
 def timed(work: Callable) -> tuple[float, Any]:
     """(seconds that work() took, what it returned)."""
     began = time.perf_counter()

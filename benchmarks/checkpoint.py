@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from bench_tools import print_head, print_row, timed
+from bench_tools import open_stream, print_head, print_row, timed
 
 import train_gpt as tg
 
@@ -33,10 +33,9 @@ def make_trainer(preset: str, data: Path, out_dir: str) -> tg.Trainer:
         env["TRAIN_BATCH_TOKENS"] = "8192"
     cfg = tg.read_config(env)
     rt = tg.Runtime.create(cfg, {})
-    stream = tg.TokenStream(tg.open_shards(cfg.data_path, "train"), cfg.vocab_size)
     log = tg.RunLog()
     log.run_id = "benchmark"
-    return tg.Trainer(tg.build_model(cfg, rt.dtype), stream, rt, log, hashes={})
+    return tg.Trainer(tg.build_model(cfg, rt.dtype), open_stream(cfg), rt, log, hashes={})
 
 
 def measure(preset: str, data: Path, repeats: int) -> Cost:

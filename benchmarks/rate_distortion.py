@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from bench_tools import Bench, print_head, print_row, timed
+from bench_tools import Bench, open_stream, print_head, print_row, timed
 from torch import Tensor
 
 import train_gpt as tg
@@ -89,19 +89,13 @@ def record_pack(content: Mapping[str, Any]) -> bytes:
     return zlib.compress(tg.torch_bytes(content), 9)
 
 
-def training_stream(model: tg.GPT) -> tg.TokenStream:
-    """The training shards that the model's settings name."""
-    shards = tg.open_shards(model.cfg.data_path, "train")
-    return tg.TokenStream(shards, model.cfg.vocab_size)
-
-
 def our_artifact(model: tg.GPT, size: int) -> bytes:
     """Our artifact of the model in at most `size` bytes."""
     model = copy.copy(model)
     budget = size + len(tg.source_code())
     model.cfg = replace(model.cfg, artifact_budget=budget)
     blob = tg.fit_artifact(
-        model, dict(model.state_dict()), training_stream(model), tg.RunLog(rank=1)
+        model, dict(model.state_dict()), open_stream(model.cfg), tg.RunLog(rank=1)
     )
     assert len(blob) <= size
     return blob
@@ -216,17 +210,17 @@ def print_times(cfg: tg.Config, repeats: int):
     measure = tg.measure_matrices
     times = []
 
-    def timed_calibrate(*arguments: Any) -> dict:
+    def timed_measure(*arguments: Any) -> dict:
         seconds, stats = timed(lambda: measure(*arguments))
         times.append(seconds)
         return stats
 
-    with mock.patch.object(tg, "measure_matrices", timed_calibrate):
-        stream = training_stream(model)
+    with mock.patch.object(tg, "measure_matrices", timed_measure):
+        stream = open_stream(model.cfg)
         log = tg.RunLog(rank=1)  # says nothing
         seconds, blob = fastest(lambda: tg.fit_artifact(model, state, stream, log), repeats)
-    print_row("ours: calibrate, search, round, compress", f"{seconds:.1f}", len(blob))
-    print_row("calibrate alone, least", f"{min(times, default=0):.1f}", "")
+    print_row("ours: measure, search, round, compress", f"{seconds:.1f}", len(blob))
+    print_row("measure alone, least", f"{min(times, default=0):.1f}", "")
 
 
 def main():

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bench_tools import matmul_rate, peak_memory, print_head, print_row, timed
+from bench_tools import matmul_rate, open_stream, peak_memory, print_head, print_row, timed
 from torch import Tensor
 
 import train_gpt as tg
@@ -71,11 +71,6 @@ def settings(data: Path, shape: str, **changes: object) -> tg.Config:
 
 
 # ==== The two loops ===============================================================================
-
-
-def open_stream(cfg: tg.Config) -> tg.TokenStream:
-    """The training tokens in DATA_PATH."""
-    return tg.TokenStream(tg.open_shards(cfg.data_path, "train"), cfg.vocab_size)
 
 
 def make_trainer(cfg: tg.Config, rt: tg.Runtime) -> tg.Trainer:

@@ -182,11 +182,8 @@ def fetch(target: Path, remote: RepoFile, revision: str, label: str) -> None:
                 raise
             os.replace(partial, target)  # same folder, hence same filesystem, hence all or nothing
             return
-        except (
-            ValueError,
-            OSError,
-            HTTPError,
-        ) as error:  # HTTPError: whatever goes wrong on the wire
+        # HTTPError: whatever goes wrong on the wire.
+        except (ValueError, OSError, HTTPError) as error:
             if attempt == ATTEMPTS:
                 raise ValueError(
                     f"{remote.path}: {describe(error)} ({ATTEMPTS} attempts)"

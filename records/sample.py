@@ -10,7 +10,6 @@ Settings are environment variables, as those of train_gpt.py; TOKENIZER_PATH mus
 """
 
 import argparse
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ def read_model(path: str, rt: tg.Runtime, cfg: tg.Config) -> tuple[tg.GPT, Sente
     """Return the model, ready to evaluate, and its tokenizer. `UserError` if they do not fit."""
     model = tg.load_model(path, cfg)
     tokenizer = tg.load_tokenizer(cfg.tokenizer_path, model.cfg.vocab_size)
-    found = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
+    found = tg.digest(Path(cfg.tokenizer_path).read_bytes())
     expected = model.made_with.get("tokenizer", found)
     tg.require(
         found == expected,

@@ -167,11 +167,6 @@ def write_shard(path, tokens):
     return path
 
 
-def training_stream(cfg):
-    """The training shards of DATA_PATH."""
-    return tg.TokenStream(tg.open_shards(cfg.data_path, "train"), cfg.vocab_size)
-
-
 def tiny_config(**settings):
     """A three-layer model of width 32 with chunks of 8 in windows of 24."""
     base = tg.Config(

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CONFORMANCE, tiny_config, tiny_model, training_stream, write_shard
+from bench_tools import open_stream
+from conftest import CONFORMANCE, tiny_config, tiny_model, write_shard
 from rate_distortion import record_content
 
 import train_gpt as tg
@@ -45,7 +46,7 @@ def model(rt, tmp_path):
 def fitted(model, room):
     """An artifact of at most `room` bytes."""
     model.cfg = replace(model.cfg, artifact_budget=CODE + room)
-    return tg.fit_artifact(model, dict(model.state_dict()), training_stream(model.cfg), tg.RunLog())
+    return tg.fit_artifact(model, dict(model.state_dict()), open_stream(model.cfg), tg.RunLog())
 
 
 def opened(blob):
@@ -91,7 +92,7 @@ def test_a_budget_that_nothing_fits_is_refused_and_the_weights_are_kept(model, t
     model.cfg = replace(model.cfg, artifact_budget=CODE + room)
     start = f"^ARTIFACT_BUDGET={CODE + room}: the script leaves {room} bytes, the smallest artifact"
     with pytest.raises(tg.UserError, match=f"{start}.*EVAL_ONLY=1"):
-        tg.export(model, training_stream(model.cfg), tg.RunLog())
+        tg.export(model, open_stream(model.cfg), tg.RunLog())
     saved = torch.load(tmp_path / "final_model.pt", weights_only=True)
     assert_equal_states(saved, dict(model.state_dict()))
     assert not list(tmp_path.glob("*.ptz"))
@@ -108,7 +109,7 @@ def test_calibration_measures_every_matrix(rt, model, tied):
     uses send back.
     """
     model = tiny_model(replace(model.cfg, tie_embeddings=tied), rt)
-    found = tg.measure_matrices(model, training_stream(model.cfg), 3, tg.RunLog(), 30)
+    found = tg.measure_matrices(model, open_stream(model.cfg), 3, tg.RunLog(), 30)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     names = {p: name for name, p in model.named_parameters()}
     seen = {}
@@ -139,7 +140,7 @@ def test_calibration_measures_every_matrix(rt, model, tied):
 def test_calibration_ends_with_the_time(rt, model, capsys):
     """At least one batch of rows is measured; averages are over those that were."""
     model = tiny_model(replace(model.cfg, tie_embeddings=False), rt)
-    stream = training_stream(model.cfg)
+    stream = open_stream(model.cfg)
     stream.deadline = 0.0
     stats = tg.measure_matrices(model, stream, 24, tg.RunLog(), 30)
     assert "quantizer statistics: rows:8 of:24 before_time_limit:-" in capsys.readouterr().out
@@ -290,7 +291,7 @@ def test_a_scalar_scale_is_read():
 
 def test_export_writes_both_files_and_their_sizes(model, tmp_path, capsys):
     log = tg.RunLog()
-    tg.export(model, training_stream(model.cfg), log)
+    tg.export(model, open_stream(model.cfg), log)
     packed = log.artifact.stat().st_size
     raw = (tmp_path / "final_model.pt").stat().st_size
     printed = capsys.readouterr().out
@@ -309,7 +310,7 @@ def test_a_model_is_loaded_from_whatever_holds_its_weights(rt, model, tmp_path, 
     cfg = replace(model.cfg, tie_embeddings=tied, mlp_mult=3)
     model = tiny_model(cfg, rt)
     log = tg.RunLog()
-    tg.export(model, training_stream(model.cfg), log)
+    tg.export(model, open_stream(model.cfg), log)
     artifact = log.artifact
     state = model.state_dict()
     compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
