@@ -185,7 +185,10 @@ def test_every_rank_follows_rank_0_s_clock(rt, monkeypatch):
     ],
 )
 def test_compiling_is_for_trainings_that_repay_it(rt, monkeypatch, seconds, steps, choice, wanted):
-    """On a CPU: two minutes and 200 steps. A compiler that fails on one rank is used on none."""
+    """On a CPU: two minutes and 200 steps. A compiler that fails on one rank is used on none.
+
+    With COMPILE=1 that is an error.
+    """
     trainer = make_trainer(rt, max_wallclock_seconds=seconds, iterations=steps, compile=choice)
     monkeypatch.setattr(torch, "compile", lambda model, **options: lambda *batch: model(*batch))
     trainer.compile_forward()
@@ -194,6 +197,9 @@ def test_compiling_is_for_trainings_that_repay_it(rt, monkeypatch, seconds, step
     monkeypatch.setattr(rt, "gather", lambda mine: [mine, "no compiler"])
     trainer.compile_forward()
     assert trainer.forward is trainer.model
+    trainer.cfg = replace(trainer.cfg, compile="1")
+    with pytest.raises(tg.UserError, match=r"^COMPILE=1: torch\.compile failed \(no compiler\); "):
+        trainer.compile_forward()
 
 
 def test_compiled_and_eager_training_agree(rt, capsys):
@@ -217,10 +223,10 @@ def test_no_text_is_read_before_the_clock_starts(rt, monkeypatch):
 
 
 def test_a_failing_compiler_is_announced_and_survived(rt, capsys):
-    trainer = make_trainer(rt, num_layers=1, compile="1")
+    trainer = make_trainer(rt, num_layers=1, compile="auto", iterations=200)
     compiler = {"cpp.cxx": (None, "/nonexistent/compiler"), "compile_threads": 1}
     with inductor.patch(compiler), torch._inductor.utils.fresh_cache():
         trainer.compile_forward()
     assert trainer.forward is trainer.model
-    said = r"compile:started\ncompile:failed \(.+\); running eager\n"
+    said = r"compile:started\ncompile:failed \(.+\); running eager: slower, on a GPU .*\n"
     assert re.fullmatch(said, capsys.readouterr().out)
