@@ -239,18 +239,19 @@ def test_learning_before_scoring_is_found_at_any_length(audited, monkeypatch, le
 
 
 def test_noise_is_allowed_only_where_no_kernel_is_deterministic(audited, monkeypatch):
-    """A small difference fails, unless an operation is named that cannot repeat. A leak fails there, too."""
+    """A small difference fails, unless an operation is named that cannot repeat; a large one always does."""
     original = tg.causal_attention
 
     def noisy_attention(q, k, v):
         assert are_deterministic() or unable
-        return original(q, k, v) + 1e-6 * torch.randn(q.shape)
+        return original(q, k, v) + noise * torch.randn(q.shape)
 
     def unable_attention(q, k, v):
         q.detach().clone().put_(torch.tensor([0]), torch.tensor([0.0]))  # has no such kernel
         return noisy_attention(q, k, v)
 
     are_deterministic = torch.are_deterministic_algorithms_enabled
+    noise = 1e-6
     unable = False
     monkeypatch.setattr(tg, "causal_attention", noisy_attention)
     assert_leaks(audited, HOW)
@@ -258,7 +259,7 @@ def test_noise_is_allowed_only_where_no_kernel_is_deterministic(audited, monkeyp
     monkeypatch.setattr(tg, "causal_attention", unable_attention)
     assert "(put_ does not have a deterministic" in audited(HOW)
     assert not are_deterministic()
-    monkeypatch.setattr(tg, "score_then_learn", learn_for_good)
+    noise = 0.1
     assert_leaks(audited, HOW)
 
 
