@@ -4,6 +4,7 @@ import copy
 import io
 import re
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -361,6 +362,21 @@ def test_a_fault_is_found_before_it_is_reported(trainer, settings, found, capsys
         tg.train(trainer, lambda: pytest.fail("it validates") if trainer.step == found else "")
     assert trainer.step == found
     assert f"step:{found}/" not in capsys.readouterr().out
+
+
+def test_the_clock_is_two_steps_ahead_of_the_device_at_most(trainer, monkeypatch):
+    """Of a device that works only while it is waited for."""
+    ended = []
+
+    def record():
+        step = trainer.step
+        assert len(ended) == max(0, step - 2)
+        return mock.Mock(synchronize=lambda: ended.append(step))
+
+    trainer.cfg = replace(trainer.cfg, iterations=7)
+    monkeypatch.setattr(trainer.rt, "record", record)
+    tg.train(trainer, None)
+    assert ended == [*range(7)]
 
 
 def test_a_fault_is_counted_from_the_end_of_the_warm_up(trainer):

@@ -50,6 +50,12 @@ def test_auto_preset_follows_the_device():
     assert tg.read_config({"DEVICE": "cuda", "WORLD_SIZE": "8"}).preset == "baseline"
 
 
+def test_the_gpu_preset_is_the_baseline_s_model_for_an_hour():
+    cfg = configure(PRESET="gpu")
+    assert tg.spell_settings(cfg, "travels") == tg.spell_settings(configure(), "travels")
+    assert cfg.training_seconds == 0.98 * 3600
+
+
 def test_explicit_variables_win_over_the_preset():
     assert configure(PRESET="cpu").num_layers == tg.PRESETS["cpu"]["num_layers"]
     assert configure(PRESET="cpu", NUM_LAYERS="7").num_layers == 7
