@@ -120,7 +120,8 @@ def fork_ranks(ranks, folder, env, hook=""):
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=True
         )
         env = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        env |= {"WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     for rank in range(ranks):
         mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if store else env
         folder.mkdir(parents=True, exist_ok=True)

@@ -98,6 +98,7 @@ PROBE = """
 import pytest, torch
 def probe(cfg, rt, log):
     mine = rt.rank + 1.0
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert rt.gather(rt.rank) == [0, 1]
     assert rt.sum(torch.tensor([mine])).item() == 3
     assert rt.maximum(mine, -mine) == [2, -1]
