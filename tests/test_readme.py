@@ -16,10 +16,12 @@ def shown(value):
 
 def settings_table():
     """The lines that README.md must hold between its two marks."""
-    cpu = tg.PRESETS["cpu"]
     for spec in dataclasses.fields(tg.Config):
-        preset = shown(cpu[spec.name]) if spec.name in cpu else ""
-        cells = [f"`{spec.name.upper()}`", shown(spec.default), preset, spec.metadata["help"]]
+        cells = [f"`{spec.name.upper()}`", shown(spec.default)]
+        for preset in ("gpu", "cpu"):
+            given = tg.PRESETS[preset]
+            cells.append(shown(given[spec.name]) if spec.name in given else "")
+        cells.append(spec.metadata["help"])
         yield f"| {' | '.join(cells)} |"
 
 
