@@ -211,18 +211,26 @@ def test_a_checkpoint_is_scored_like_the_artifact_of_its_training(runs, run_here
 def test_a_published_artifact_needs_no_shape_and_no_training_shards(
     run_here, tmp_path, monkeypatch
 ):
-    """It is read where it lies. OUT_DIR takes everything, and every line but the JSON says partial."""
+    """It is read where it lies. OUT_DIR takes everything, and every line but the JSON says partial.
+
+    Without a calibration there are no mixtures: left out of the ladder, refused where one is named.
+    """
     link_shards(tmp_path / "data", VAL)
     monkeypatch.chdir(tmp_path)
-    brief = {"MAX_VAL_DOCS": "2", "ARTIFACT_BUDGET": "9"}
-    text = run_here("made/on demand", **EVAL_ARTIFACT, DATA_PATH="data", **brief).out
+    brief = EVAL_ARTIFACT | {"MAX_VAL_DOCS": "2", "ARTIFACT_BUDGET": "9", "DATA_PATH": "data"}
+    ended = run_here("made", **brief, EVAL="mix")
+    assert ended.status == 1 and "calibration found none; leave the mixtures out" in ended.err
+    text = run_here("made/on demand", **brief, EVAL=None).out
+    assert "\nleft out of EVAL: the mixtures, since " in text
+    assert list(read_scores(text)) == ["flat", "doc", "stride", "ttt", "stream"]
     assert re.search(r"^submission_size:\d+ budget:9 headroom:-\d+ FAIL partial$", text, re.M)
     assert " num_layers:3 model_dim:128 partial\n" in text
     assert read_scores(text)["flat"] > 2
     for line in text.splitlines():
         assert line.endswith(" partial") != line.startswith("result: ")
     assert all(result["partial"] for result in read_results(text).values())
-    assert list_files(tmp_path) == [f"data/{VAL}", "made/on demand/logs/test.txt"]
+    logs = ["made/logs/test.txt", "made/on demand/logs/test.txt"]
+    assert list_files(tmp_path) == [f"data/{VAL}", *logs]
 
 
 def test_an_artifact_brings_its_settings(run_here, tmp_path):
