@@ -1960,7 +1960,7 @@ def score_tokens(model: GPT, docs: Documents, how: Condition, rt: Runtime, known
         parts = [score_tokens(model, docs, expert, rt, known) for expert in how.experts]
         copied, match = copy_losses(docs, model.cfg.vocab_size, rt).cpu()
         losses = torch.stack([*(part[0] for part in parts), copied], 1)
-        weights = how.weights / how.weights.sum(1, keepdim=True)
+        weights = F.normalize(how.weights, p=1)
         mixed = -(weights.log()[match.long()] - losses.double()).logsumexp(1)
         times = parts[0][1]
         ledger = torch.stack((mixed * times, times)).float()
@@ -2024,10 +2024,11 @@ def fit_weights(losses: Tensor, match: Tensor) -> Tensor:
     """
     experts = losses.size(1)
     weights = losses.new_full((ORDERS, experts), 1 / experts)
-    for _ in range(10):
-        shares = (weights.log()[match] - losses).softmax(1)
+    likelihoods = (-losses).softmax(1)
+    for _ in range(300):  # experts that nearly agree need so many
+        shares = F.normalize(weights[match] * likelihoods, p=1)
         counts = torch.full_like(weights, 2 / experts).index_add_(0, match, shares)
-        weights = counts / counts.sum(1, keepdim=True)
+        weights = F.normalize(counts, p=1)
     return weights
 
 
@@ -2063,7 +2064,7 @@ def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLo
             columns[name], times = score_documents(model, docs, rungs[name], rt).cpu()
         columns["copy"], match = copy_losses(docs, model.cfg.vocab_size, rt).cpu()
         for name, experts in MIXTURES.items():
-            losses = torch.stack([columns[expert] for expert in experts], 1).double()
+            losses = torch.stack([columns[expert] for expert in experts], 1)
             weights[name] = fit_weights(losses[times > 0], match[times > 0].long())
     log.line(
         f"calibration: rate:{rate:.6f} rates_tried:{len(tried)}"

@@ -158,6 +158,15 @@ def test_weights_follow_the_expert_that_predicts(rt):
     assert weights.sum(1) == pytest.approx(1)
 
 
+def test_the_better_of_two_that_nearly_agree_is_trusted(rt):
+    """Else a mixture loses where adapting does harm."""
+    torch.manual_seed(0)
+    better = torch.rand(2000).double()
+    worse = better + 0.05 + 0.1 * torch.randn(2000)
+    weights = tg.fit_weights(torch.stack((worse, better), 1), torch.zeros(2000, dtype=torch.int64))
+    assert weights[0, 1] > 0.98
+
+
 def test_the_last_documents_are_cut(rt):
     parts = [[1, *range(5, 5 + n)] for n in (9, 3, 6, 4)]
     stream = tg.TokenStream([np.concatenate(parts)], 96)
