@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -218,6 +219,8 @@ def varied(variant: str, device: str, backend: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(torch._dynamo.reset)
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+        # What is cached for one kernel of attention would be taken for another, too.
+        stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         for change in VARIANTS[variant]:
             stack.enter_context(change(device, backend))
         yield
