@@ -26,7 +26,8 @@ for which no time is left are skipped. The file always holds what was found so f
 
 `idle` is the share of the time in which the GPU computes nothing. `a turn` is the mean of full
 turns: of the first documents, cut to some chunks, less the same cut to one. `host ahead` counts the
-steps that the GPU still has to do when the host has started the last one.
+steps that the GPU still has to do when the host has started the last one. `off` is a score less that
+of the first variant. `program` finds kernels that `train` compiled, in PyTorch's cache on disk.
 """
 
 import argparse
@@ -151,6 +152,7 @@ SCALES = {
         plan=(Group("eager"), Group("blocks"), Group("all", ("stream",))),
     ),
     "tiny": Scale(
+        seconds=3600.0,
         settings=TINY,
         matmul=64,
         copied=1024,
@@ -190,6 +192,13 @@ def describe(numbers: dict) -> str:
     return ", ".join(words)
 
 
+def free_memory():
+    """Return memory that an earlier part used to the GPU."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 @dataclass
 class Report:
     """What was found: each part is printed at once, and all of it is kept in a file."""
@@ -215,6 +224,7 @@ class Report:
         try:
             if left < 0:
                 raise Skip("no time left")
+            free_memory()  # here, since after some errors this fails, too
             with time_limit(left + 20):
                 numbers = work()
         except Skip as reason:
@@ -223,9 +233,6 @@ class Report:
             traceback.print_exc()
             numbers = {"failed": f"{error!r:.200}"}
         self.add(part, numbers or {})
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
 
     def add(self, part: str, numbers: dict):
         """Print numbers of a part, and write the file."""
@@ -440,7 +447,7 @@ def train_briefly(lab: Lab) -> Bench:
     """The baseline after a few small steps, so that every weight matters, and documents for it."""
     bench = lab.load()
     cfg = bench.model.cfg
-    tokens = min(cfg.train_batch_tokens, 64 * cfg.train_seq_len)
+    tokens = min(cfg.train_batch_tokens, 16 * cfg.train_seq_len)
     trainer = make_trainer(replace(cfg, train_batch_tokens=tokens, grad_accum_steps=1), bench.rt)
     for _ in range(lab.scale.lessons):
         trainer.train_step()

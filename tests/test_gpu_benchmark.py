@@ -29,7 +29,7 @@ def test_everything_is_measured(measure):
     assert conformance["artifact"]["audits passed"] == 5
     assert conformance["ttt twice, deterministic"]["most nats"] == 0
     assert len(train["flash"]["kernels"]) == 10
-    assert 0 < train["flash"]["of matmul"] < 1 < train["flash"]["ms a step"]
+    assert train["flash"]["tokens/s"] > 100
     for name in ("eager, ttt", "eager, stream", "all, stream", "blocks, ttt"):
         part = evaluation[f"{name}, 4 at a time"]
         assert abs(part["off"]) < 1e-6 and part["new graphs"] == 0
