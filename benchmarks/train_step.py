@@ -75,7 +75,7 @@ def settings(data: Path, shape: str, **changes: object) -> tg.Config:
 
 def make_trainer(cfg: tg.Config, rt: tg.Runtime) -> tg.Trainer:
     """Ours."""
-    model = tg.build_model(cfg, rt.dtype)
+    model = tg.build_model(cfg, rt.dtype).to(rt.device)
     return tg.Trainer(model, open_stream(cfg), rt, tg.RunLog(rt.rank), hashes={})
 
 

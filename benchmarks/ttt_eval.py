@@ -290,7 +290,7 @@ def synthetic(docs: tg.Documents, lengths: Sequence[int]) -> tg.Documents:
     starts = np.cumsum(predictions) - predictions
     where = np.arange(predictions.sum() + 1) % (len(docs.tokens) - 1)
     sizes = docs.bytes[where[:-1]]
-    tokens = docs.tokens[where]
+    tokens = docs.tokens[torch.from_numpy(where).to(docs.tokens.device)]
     return replace(docs, tokens=tokens, bytes=sizes, starts=starts, predictions=predictions)
 
 
