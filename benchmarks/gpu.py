@@ -412,8 +412,9 @@ def time_training(lab: Lab, bench: Bench, kernel: str) -> dict:
         trainer.mark = began = rt.seconds()
         for _ in range(steps):
             loss = trainer.train_step()
-            trainer.tick(rt.seconds(wait=False))
-        started = rt.seconds(wait=False)
+            trainer.check_finite(behind=2)
+            trainer.tick(time.perf_counter())
+        started = time.perf_counter()
         ended = rt.seconds()
         step = (ended - began) / steps
         numbers = {
