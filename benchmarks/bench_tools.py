@@ -1,6 +1,6 @@
 """What the benchmarks share: an artifact with its documents, clocks and counters, Markdown tables.
 
-Importing it makes train_gpt.py importable.
+Importing it makes train_gpt.py and what is in records/ importable.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as tg
