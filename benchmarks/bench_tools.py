@@ -1,6 +1,6 @@
 """What the benchmarks share: a model with its documents, clocks and counters, Markdown tables.
 
-Importing it makes train_gpt.py importable.
+Importing it makes train_gpt.py and what is in records/ importable.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as tg

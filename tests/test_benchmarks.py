@@ -5,12 +5,13 @@ from unittest import mock
 
 import checkpoint
 import invariance
+import mixtures
 import numpy as np
 import pytest
 import rate_distortion
 import train_step
 import ttt_eval
-from bench_tools import Bench
+from bench_tools import Bench, open_stream
 from conftest import CONFORMANCE, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,6 +125,35 @@ def test_scaling_is_printed(bench, printed):
     text, rows = printed()
     assert [row[:3] for row in rows[:2]] == [["1000", "3", "3000"], ["2000", "2", "3000"]]
     assert "\ncorrelation of predictions and seconds: " in text
+
+
+# ==== mixtures.py =================================================================================
+
+
+def test_variants_are_compared_with_what_the_script_finds(bench, printed, monkeypatch):
+    """The script's own scores, also under adapters that decay by 0."""
+    monkeypatch.setattr(tg, "TAIL", 2**10)
+    monkeypatch.setattr(tg, "find_rate", lambda loss_at: 0.004)
+    monkeypatch.setattr(bench.model, "made_with", {})
+    none = mixtures.Variant({}, weight_decay=0.0)
+    monkeypatch.setitem(mixtures.VARIANTS, "weight decay 0", none)
+    command = f"mixtures.py --artifact {ARTIFACT} --data {CONFORMANCE} --docs 2 --only"
+    only = ["weight decay 0", "weight decay 1", "weights by place"]
+    monkeypatch.setattr(sys, "argv", [*command.split(), *only])
+    mixtures.main()
+    _, (*rungs, default, same, decayed, placed) = printed()
+    tg.calibrate(bench.model, open_stream(bench.model.cfg), 1, bench.rt, tg.RunLog(rank=1))
+    scores = {}
+    for name in ("stride", "stride+copy", "stream", "mix"):
+        score = tg.evaluate(bench.model, bench.docs, bench.condition(name), bench.rt)
+        scores[name] = f"{score.bpb:.4f}"
+    assert [row[3] for row in rungs] == [scores["stride"], scores["stride+copy"]]
+    assert default[2:4] == same[2:4] == [scores["stream"], scores["mix"]]
+    assert decayed[2] != default[2] == placed[2] and placed[3] != default[3]
+    match = mixtures.copy_by_place(bench.docs, 1024, bench.rt)[1]
+    longer = bench.docs.starts[bench.docs.predictions.argmax()]
+    classes = match[longer:].long() // tg.ORDERS
+    assert classes[[0, 255, 256]].tolist() == [0, 0, 1]
 
 
 # ==== checkpoint.py ===============================================================================
