@@ -84,7 +84,7 @@ PRESETS = {
     "cpu": {
         "data_path": "./data/demo",
         "max_wallclock_seconds": 175.0,
-        "calibration_seconds": 15.0,
+        "calibration_seconds": 18.0,
         "num_layers": 4,
         "model_dim": 192,
         "num_heads": 3,
