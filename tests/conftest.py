@@ -222,11 +222,15 @@ def tiny_score(nats, tokens, size):
     return tg.Score(columns, losses)
 
 
-def tiny_documents(lengths, vocab_size=96, seed=0):
-    """Documents of the given numbers of tokens (BOS = 1 included), random text, closed by the stream's end."""
-    rng = np.random.default_rng(seed)
-    stream = np.concatenate([np.append(1, rng.integers(4, vocab_size, n - 1)) for n in lengths])
-    return tg.split_documents(stream.astype(np.uint16), 1, 0, tiny_table(vocab_size), CPU)
+def tiny_documents(lengths, vocab_size=96, lead=()):
+    """Documents of the given numbers of tokens (BOS = 1 included), random text, closed by the stream's end.
+
+    lead: tokens in front of them, which belong to none.
+    """
+    rng = np.random.default_rng(0)
+    parts = [np.append(1, rng.integers(4, vocab_size, n - 1)) for n in lengths]
+    stream = np.concatenate([lead, *parts]).astype(np.uint16)
+    return tg.split_documents(stream, 1, 0, tiny_table(vocab_size), CPU)
 
 
 @pytest.fixture
