@@ -360,23 +360,3 @@ def test_given_vocabulary_must_fit_16_bits(made, monkeypatch):
     model = (made / "tokenizer.model").read_bytes()
     with pytest.raises(ValueError, match=f"big: found {VOCAB} pieces; expected at most"):
         make_shards.load_tokenizer(model, "big", None)
-
-
-# --- Reading a header -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("magic", "count", "size", "found"),
-    [
-        (20240520, 5, 0, "0 bytes"),
-        (20240521, 5, 1034, "magic 20240521"),
-        (20240520, 5, 1033, "1033 bytes and 5 tokens"),
-        (20240520, 5, 1036, "1036 bytes and 5 tokens"),
-        (20240520, 0, 1024, "1024 bytes and 0 tokens"),
-    ],
-)
-def test_bad_shard_is_refused(magic, count, size, found, tmp_path):
-    header = np.array([magic, 1, count], dtype="<i4").tobytes()
-    (tmp_path / "a.bin").write_bytes(header.ljust(size, b"\0")[:size])
-    with pytest.raises(ValueError, match=f"a.bin: found {found}.*; expected .* again"):
-        make_shards.shard_token_count(tmp_path / "a.bin")
