@@ -2,16 +2,22 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import random
 
 import check_shards
 import numpy as np
 import pytest
-import sentencepiece
 import torch
-from conftest import CONFORMANCE, CPU, TINY_RUN, tiny_config, tiny_table, write_shard
+from conftest import (
+    CONFORMANCE,
+    CPU,
+    TINY_RUN,
+    tiny_config,
+    tiny_table,
+    train_tokenizer,
+    write_shard,
+)
 
 import train_gpt as tg
 
@@ -184,17 +190,6 @@ def test_a_tokenizer_is_that_of_the_manifest(rt, tmp_path):
             load(rt, tmp_path)
 
 
-def train_tokenizer(texts, **options):
-    """A SentencePiece model of this text, as the published one but for these options."""
-    model = io.BytesIO()
-    settings = {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False}
-    settings |= {"vocab_size": 1024, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, minloglevel=2, **settings | options
-    )
-    return model.getvalue()
-
-
 def conformance_texts():
     """The validation documents of the conformance set."""
     tokenizer = tg.load_tokenizer(str(TOKENIZER), 1024)
@@ -206,8 +201,8 @@ def conformance_texts():
 def test_another_tokenizer_of_the_same_size_is_found(rt, tmp_path):
     """Its table and its text agree with each other; only the shards disagree."""
     texts = conformance_texts()
-    other = tmp_path / "other.model"
-    other.write_bytes(train_tokenizer([text[::-1] for text in texts]))
+    backwards = [text[::-1] for text in texts]
+    other = train_tokenizer(tmp_path / "other.model", backwards, vocab_size=1024)
     with pytest.raises(tg.UserError, match=r"audit bytes: only \d+ of \d+ words are encoded as"):
         load(rt, CONFORMANCE, TOKENIZER_PATH=str(other))
 
@@ -216,9 +211,8 @@ def test_what_a_tokenizer_loses_is_said(rt, tmp_path, capsys):
     """Case, here, and letters that it has no pieces for: both flatter the score."""
     texts = conformance_texts()
     fold = {"normalization_rule_name": "nmt_nfkc_cf", "byte_fallback": False}
-    proto = train_tokenizer(texts, character_coverage=0.99, vocab_size=512, **fold)
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(proto)
+    train_tokenizer(path, texts, character_coverage=0.99, vocab_size=512, **fold)
     ids = tg.load_tokenizer(str(path), 512).encode("The cafe \u6f22 \u5b57 closes")
     write_set(tmp_path)
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, *ids])
