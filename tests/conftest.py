@@ -1,6 +1,7 @@
 """What the tests share: a small model with every weight alive, real text, and the script run as users run it."""
 
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,9 @@ os.environ["OMP_NUM_THREADS"] = (
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+from make_shards import TOKENIZER_SETTINGS
 
 import train_gpt as tg
 
@@ -160,12 +163,35 @@ def run_forked(out_dir, ranks=1, hook="", **settings):
     return subprocess.CompletedProcess("fork", worst, started[0][1].read_text(), errors)
 
 
-def write_shard(path, tokens):
+def shard_bytes(tokens):
     """A shard as the format describes it, written here independently of data/make_shards.py."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, len(tokens)
-    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+
+
+def write_shard(path, tokens):
+    path.write_bytes(shard_bytes(tokens))
     return path
+
+
+def write_jsonl(path, texts, key="text"):
+    """A document on every line."""
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
+    return path
+
+
+def train_tokenizer(path, texts, **options):
+    """A tokenizer of these texts, the published one but for these options."""
+    settings = TOKENIZER_SETTINGS | {"model_prefix": path.with_suffix("")} | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), **settings)
+    return path
+
+
+def folder_bytes(folder):
+    """{relative path: content} of every file below a folder, hidden ones included."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def tiny_config(**settings):
@@ -222,11 +248,15 @@ def tiny_score(nats, tokens, size):
     return tg.Score(columns, losses)
 
 
-def tiny_documents(lengths, vocab_size=96, seed=0):
-    """Documents of the given numbers of tokens (BOS = 1 included), random text, closed by the stream's end."""
-    rng = np.random.default_rng(seed)
-    stream = np.concatenate([np.append(1, rng.integers(4, vocab_size, n - 1)) for n in lengths])
-    return tg.split_documents(stream.astype(np.uint16), 1, 0, tiny_table(vocab_size), CPU)
+def tiny_documents(lengths, vocab_size=96, lead=()):
+    """Documents of the given numbers of tokens (BOS = 1 included), random text, closed by the stream's end.
+
+    lead: tokens in front of them, which belong to none.
+    """
+    rng = np.random.default_rng(0)
+    parts = [np.append(1, rng.integers(4, vocab_size, n - 1)) for n in lengths]
+    stream = np.concatenate([lead, *parts]).astype(np.uint16)
+    return tg.split_documents(stream, 1, 0, tiny_table(vocab_size), CPU)
 
 
 @pytest.fixture

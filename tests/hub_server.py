@@ -1,8 +1,8 @@
 """A small Hugging Face hub on 127.0.0.1 for the tests: the endpoints our client calls, and ways to fail.
 
-    HEAD   /datasets/REPO/resolve/REVISION/PATH           metadata
-    GET    /datasets/REPO/resolve/REVISION/PATH           302 to the storage host
-    GET    .../PATH?signature=secret                      the bytes, with Range, as the hub's CDN serves them
+    HEAD   /datasets/REPO/resolve/REVISION/ROOT/NAME      metadata
+    GET    /datasets/REPO/resolve/REVISION/ROOT/NAME      302 to the storage host
+    GET    .../NAME?signature=secret                      the bytes, with Range, as the hub's CDN serves them
     POST   /api/datasets/REPO/paths-info/REVISION         size and hash of each path asked for
 
 The storage host is the same server under another name, hence another origin: a token that leaked to it would show.
@@ -11,16 +11,14 @@ The storage host is the same server under another name, hence another origin: a 
 import hashlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
-REPO = "willdepueoai/parameter-golf"
 COMMIT = "c0ffee" + "0" * 34
 
 
 class Request(NamedTuple):
-    """One request as the server saw it. The name is that of the file, beneath datasets/."""
+    """One request as the server saw it. The name is that of the file, beneath the root of the repo."""
 
     name: str
     url: str
@@ -31,35 +29,23 @@ class Request(NamedTuple):
 class HubServer(ThreadingHTTPServer):
     """A hub with these files, and the ways in which it breaks."""
 
-    def __init__(self, files: dict[str, bytes], repo: str = REPO, root: str = "datasets"):
+    def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.files = files
-        self.repo = repo
-        self.root = root  # of every name, in the repository
-        self.damaged = {}  # name -> the bytes to send in place of the listed ones
         # How a client knows a hub from any other web server.
         self.commit_header = {"X-Repo-Commit": COMMIT}
         self.status = {}  # name -> the answer to every request for it
-        self.listed_size = {}  # path -> a size to claim
+        self.claims = {}  # name -> what to list of it in place of the truth
         self.cut = {}  # name -> break its transfer after so many bytes, then answer 503
         self.requests = []  # to the hub
         self.downloads = []  # to the storage host
 
-    def __enter__(self):
-        serve = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        serve.start()
-        return self
 
-    def __exit__(self, *exc):
-        self.shutdown()
-        self.server_close()
-
-
-def describe(name: str, data: bytes, root: str = "datasets") -> dict:
+def describe(path: str, data: bytes) -> dict:
     """What a hub lists of a file: git's hash if it is small, an LFS record with sha256 otherwise."""
-    entry = {"type": "file", "path": f"{root}/{name}", "size": len(data), "oid": "0" * 40}
-    if name.endswith((".json", ".vocab")):
+    entry = {"type": "file", "path": path, "size": len(data), "oid": "0" * 40}
+    if path.endswith((".json", ".vocab")):
         entry["oid"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     else:
         sha256 = hashlib.sha256(data).hexdigest()
@@ -83,9 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def seen(self):
-        path = self.path.removesuffix("?signature=secret")
-        hub = self.server
-        name = path.removeprefix(f"/datasets/{hub.repo}/resolve/").partition(f"/{hub.root}/")[2]
+        name = self.path.partition("?")[0].split("/", 7)[-1]
         return Request(
             name, self.path, self.headers.get("Range"), self.headers.get("Authorization")
         )
@@ -111,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         name = request.name
         if name in hub.status:
             return self.answer(hub.status[name], {})
-        data = hub.damaged.get(name, hub.files[name])
+        data = hub.files[name]
         start = 0
         if request.range:
             start = int(request.range.removeprefix("bytes=").removesuffix("-"))
@@ -128,8 +112,10 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         hub.requests.append(self.seen())
         form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        names = [path.removeprefix(f"{hub.root}/") for path in form["paths"]]
-        listed = [describe(name, hub.files[name], hub.root) for name in names if name in hub.files]
-        for entry in listed:
-            entry["size"] = hub.listed_size.get(entry["path"], entry["size"])
+        listed = []
+        for path in form["paths"]:
+            name = path.partition("/")[2]
+            if name in hub.files:
+                entry = describe(path, hub.files[name]) | hub.claims.get(name, {})
+                listed.append(entry)
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())

@@ -157,15 +157,10 @@ def lesson():
     return torch.randn(48, 160), tg.MatrixStats(x.T @ x / 2000, torch.rand(48) + 0.1)
 
 
-def plan_of(weights, stats):
-    """The plan of one matrix."""
-    return tg.plan_rounding(weights, stats)
-
-
 def test_errors_make_up_for_each_other():
     """With correlated inputs, feeding errors back loses far less than the same steps without."""
     weights, stats = lesson()
-    plan = plan_of(weights, stats)
+    plan = tg.plan_rounding(weights, stats)
     losses = []
     for feedback in (plan.feedback, 0 * plan.feedback):
         q, scale = tg.round_matrix(replace(plan, feedback=feedback), 0.1)
@@ -180,7 +175,7 @@ def test_steps_follow_what_errors_cost():
     moments = torch.eye(64)
     moments[5, 5] = 0.001
     stats = tg.MatrixStats(moments, torch.tensor([16.0, 1.0, 1.0, 1.0]))
-    q, scale = tg.round_matrix(plan_of(torch.randn(4, 64), stats), 0.1)
+    q, scale = tg.round_matrix(tg.plan_rounding(torch.randn(4, 64), stats), 0.1)
     assert 3 < scale[1] / scale[0] < 5
     assert q[:, 5].any() and not (q[:, 5] % 2).any()
     assert (q[:, 6] % 2).any()
@@ -190,7 +185,7 @@ def test_integers_are_of_8_bits_however_fine_the_steps():
     """Also where errors fed back would push a weight beyond. Scales are of a quarter of an octave."""
     weights, stats = lesson()
     brim = weights.sign() * (127 - 0.4 * torch.rand_like(weights)) * 2**-7.25
-    q, scale = tg.round_matrix(plan_of(brim, stats), 2.0**-60)
+    q, scale = tg.round_matrix(tg.plan_rounding(brim, stats), 2.0**-60)
     assert (scale == torch.tensor(2**-7.25).half()).all()
     assert q.abs().max() == 127
 
@@ -200,7 +195,7 @@ def test_dead_and_silent_matrices_round_to_something_finite(size, unit):
     dead = tg.MatrixStats(torch.zeros(8, 8), torch.ones(6))
     silent = tg.MatrixStats(torch.eye(8), torch.zeros(6))
     for stats in (dead, silent):
-        q, scale = tg.round_matrix(plan_of(size * torch.randn(6, 8), stats), unit)
+        q, scale = tg.round_matrix(tg.plan_rounding(size * torch.randn(6, 8), stats), unit)
         assert q.abs().max() <= 127
         assert 0 < scale.min() <= scale.max() < torch.inf
 

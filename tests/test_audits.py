@@ -1,7 +1,6 @@
 """The audits: each passes on sound code and stops the bug that it is for, in functions and in whole runs."""
 
 import copy
-import io
 import re
 from dataclasses import replace
 from unittest import mock
@@ -18,6 +17,7 @@ from conftest import (
     tiny_config,
     tiny_documents,
     tiny_model,
+    train_tokenizer,
 )
 
 import train_gpt as tg
@@ -95,18 +95,10 @@ def test_a_tokenizer_without_a_piece_for_space_is_refused():
         tg.ByteTable.build(renamed({"▁": "ㄅ"}, TOKENIZER.read_bytes()))
 
 
-def test_bytes_and_spaces_alone_pass():
+def test_bytes_and_spaces_alone_pass(tmp_path):
     """Without a letter among its pieces a tokenizer is audited all the same."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["b b"]),
-        model_writer=model,
-        model_type="char",
-        byte_fallback=True,
-        vocab_size=261,
-        minloglevel=2,
-    )
-    assert audit(renamed({"b": "\t"}, model.getvalue()), ["all of it bytes"])
+    model = train_tokenizer(tmp_path / "b.model", ["b b"], model_type="char", vocab_size=262)
+    assert audit(renamed({"b": "\t"}, model.read_bytes()), ["all of it bytes"])
 
 
 def test_spaces_inside_pieces_count_one_byte_each():

@@ -8,31 +8,15 @@ import subprocess
 import sys
 
 import check_shards
-import download_fineweb
 import make_shards
 import numpy as np
 import pytest
-import sentencepiece as spm
-from conftest import CONFORMANCE, ROOT, write_shard
-from hub_server import HubServer
+from conftest import CONFORMANCE, ROOT, train_tokenizer, write_jsonl, write_shard
 
 VAL = "fineweb_val_000000.bin"
 TRAIN = "fineweb_train_000000.bin"
 NEXT = "fineweb_train_000001.bin"
 TEXTS = [f"Chapter {n}: the Café of ZÜRICH and its {n} guests, {'äöü ' * n}" for n in range(30)]
-
-
-def make_tokenizer(path, texts=TEXTS, **changes):
-    """A model that keeps case, spells rare characters in bytes and adds a dummy prefix."""
-    settings = {"vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
-    settings |= changes | {"model_prefix": path.with_suffix("")}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), **settings)
-    return path
-
-
-def write_jsonl(path, texts, key="text"):
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
-    return path
 
 
 def make_set(source, out, *options):
@@ -52,7 +36,7 @@ FAULTS = {
     ),
     "ids": lambda f: write_shard(f / NEXT, [1, 5, 1024]),
     "BOS": lambda f: write_shard(f / NEXT, [5, 6]),
-    "round trip": lambda f: make_tokenizer(
+    "round trip": lambda f: train_tokenizer(
         f / "tokenizer.model", (ROOT / "train_gpt.py").open(), vocab_size=1024
     ),
     "manifest": lambda f: (f / "manifest.json").write_text('{"files": {"x": {"sha256": "0"}}}'),
@@ -100,7 +84,8 @@ def test_a_folder_gives_the_set_of_one_file_without_doubles(tmp_path, capsys, mo
 @pytest.mark.parametrize("rule", ["nmt_nfkc", "nmt_nfkc_cf"])
 def test_folded_case_shows_in_the_text_and_a_dummy_prefix_is_no_byte(rule, tmp_path, capsys):
     jsonl = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    model = make_tokenizer(tmp_path / "a.model", normalization_rule_name=rule)
+    options = {"vocab_size": 330, "add_dummy_prefix": True, "normalization_rule_name": rule}
+    model = train_tokenizer(tmp_path / "a.model", TEXTS, **options)
     assert make_set(jsonl, tmp_path / "set", "--tokenizer", model) == 0
     warning = capsys.readouterr().err
     assert ("loses text" in warning and "'Chapter'" in warning) == (rule == "nmt_nfkc_cf")
@@ -109,37 +94,7 @@ def test_folded_case_shows_in_the_text_and_a_dummy_prefix_is_no_byte(rule, tmp_p
     assert sum(split["decoded_bytes"] for split in splits.values()) == spelled
 
 
-def test_a_tokenizer_without_a_piece_for_the_space_is_refused(tmp_path, capsys):
-    model = make_tokenizer(tmp_path / "a.model", ["abcabc"], vocab_size=265, add_dummy_prefix=False)
-    jsonl = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert make_set(jsonl, tmp_path / "set", "--tokenizer", model) == 1
-    assert "no '▁'; expected that piece" in capsys.readouterr().err
-    assert not (tmp_path / "set").exists()
-
-
-# --- download_fineweb.py and the Makefile ---------------------------------------------------------
-
-
-def test_another_repository_whose_tokenizer_has_a_path(tmp_path):
-    stats = {"files_train": 0, "files_val": 1}
-    tokenizer = {"name": "t", "path": "tokenizers/b.json"}
-    dataset = {"name": "fineweb10B_sp1024", "tokenizer_name": "t", "stats": stats}
-    manifest = {"datasets": [dataset], "tokenizers": [tokenizer]}
-    with pytest.raises(ValueError, match=r"sp1024: found .*b\.json; expected a SentencePiece"):
-        download_fineweb.files_of_variant(manifest, "sp1024", 0)
-    tokenizer["path"] = "tokenizers/a.model"
-    shard = f"datasets/fineweb10B_sp1024/{VAL}"
-    files = {"manifest.json": json.dumps(manifest).encode(), tokenizer["path"]: b"model"}
-    files[shard] = write_shard(tmp_path / "a.bin", np.arange(9)).read_bytes()
-    command = [sys.executable, download_fineweb.__file__, "--train-shards=0", "--out", tmp_path]
-    with HubServer(files, "some/where", "else") as hub:
-        env = {
-            "HF_ENDPOINT": hub.endpoint,
-            "MATCHED_FINEWEB_REPO_ID": "some/where",
-            "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": "else",
-        }
-        subprocess.run(command, env=env, check=True)
-    assert (tmp_path / shard).read_bytes() == files[shard]
+# --- The Makefile ---------------------------------------------------------
 
 
 def test_an_old_python_is_refused_before_it_makes_an_environment(tmp_path):

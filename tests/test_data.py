@@ -2,15 +2,22 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import random
 
+import check_shards
 import numpy as np
 import pytest
-import sentencepiece
 import torch
-from conftest import CONFORMANCE, CPU, EVAL_ARTIFACT, TINY_RUN, tiny_config, tiny_table, write_shard
+from conftest import (
+    CONFORMANCE,
+    CPU,
+    TINY_RUN,
+    tiny_config,
+    tiny_table,
+    train_tokenizer,
+    write_shard,
+)
 
 import train_gpt as tg
 
@@ -19,6 +26,7 @@ TOKENIZER = CONFORMANCE / "tokenizer.model"
 # --- Shards and the training stream ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("read", [tg.open_shard, check_shards.shard_token_count])
 @pytest.mark.parametrize(
     ("numbers", "size", "found"),
     [
@@ -33,25 +41,17 @@ TOKENIZER = CONFORMANCE / "tokenizer.model"
         ((20240520, 1, 2), 1029, "1029 bytes"),
     ],
 )
-def test_damaged_shards_are_refused(tmp_path, numbers, size, found):
+def test_damaged_shards_are_refused(tmp_path, read, numbers, size, found):
+    """By the program and by the tools in data/."""
     path = tmp_path / "fineweb_train_000001.bin"
     header = np.array(numbers, dtype="<i4").tobytes()
     path.write_bytes(header.ljust(size, b"\0"))
-    with pytest.raises(tg.UserError) as refused:
-        tg.open_shard(path)
+    with pytest.raises(ValueError) as refused:
+        read(path)
     line = str(refused.value)
     assert line.startswith(f"{path}: found ")
     assert found in line
-    assert "expected magic" in line
-
-
-def test_all_shards_are_checked_at_once(tmp_path):
-    write_shard(tmp_path / "fineweb_train_000000.bin", [1, 2, 3])
-    (tmp_path / "fineweb_train_000001.bin").mkdir()
-    with pytest.raises(tg.UserError, match="fineweb_train_000001"):
-        tg.open_shards(str(tmp_path), "train")
-    with pytest.raises(tg.UserError, match=r"found no fineweb_val_000000\.bin"):
-        tg.open_shards(str(tmp_path), "val")
+    assert "; expected " in line
 
 
 def test_stream_reads_shards_in_order_and_wraps(tmp_path):
@@ -141,14 +141,18 @@ def test_ids_are_checked_where_they_are_read(rt, tmp_path):
         stream.read(0, 153)
 
 
-def test_shards_are_numbered_without_gaps(tmp_path):
-    for number in (1, 3):
-        write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", [1, 5, number])
-    with pytest.raises(tg.UserError, match=r"found no fineweb_train_000000\.bin; expected"):
-        tg.open_shards(str(tmp_path), "train")
-    write_shard(tmp_path / "fineweb_train_000000.bin", [1, 5, 6])
-    with pytest.raises(tg.UserError, match=r"found no fineweb_train_000002\.bin; expected"):
-        tg.open_shards(str(tmp_path), "train")
+def test_shards_are_numbered_without_gaps(rt, tmp_path):
+    """And all of them are whole, before a training begins, which needs some."""
+    for name in ("val_000000", "train_000000"):
+        with pytest.raises(tg.UserError, match=rf"found no fineweb_{name}\.bin; expected"):
+            load(rt, tmp_path)
+        write_shard(tmp_path / f"fineweb_{name}.bin", [1, 5])
+    last = write_shard(tmp_path / "fineweb_train_000002.bin", [1, 5, 6])
+    with pytest.raises(tg.UserError, match=r"found no fineweb_train_000001\.bin; expected"):
+        load(rt, tmp_path)
+    last.with_name("fineweb_train_000001.bin").write_bytes(b"")
+    with pytest.raises(tg.UserError, match=r"train_000001\.bin: found 0 bytes"):
+        load(rt, tmp_path)
 
 
 def test_equal_shards_are_refused_without_reading_them_whole(rt, tmp_path):
@@ -186,17 +190,6 @@ def test_a_tokenizer_is_that_of_the_manifest(rt, tmp_path):
             load(rt, tmp_path)
 
 
-def train_tokenizer(texts, **options):
-    """A SentencePiece model of this text, as the published one but for these options."""
-    model = io.BytesIO()
-    settings = {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False}
-    settings |= {"vocab_size": 1024, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, minloglevel=2, **settings | options
-    )
-    return model.getvalue()
-
-
 def conformance_texts():
     """The validation documents of the conformance set."""
     tokenizer = tg.load_tokenizer(str(TOKENIZER), 1024)
@@ -208,8 +201,8 @@ def conformance_texts():
 def test_another_tokenizer_of_the_same_size_is_found(rt, tmp_path):
     """Its table and its text agree with each other; only the shards disagree."""
     texts = conformance_texts()
-    other = tmp_path / "other.model"
-    other.write_bytes(train_tokenizer([text[::-1] for text in texts]))
+    backwards = [text[::-1] for text in texts]
+    other = train_tokenizer(tmp_path / "other.model", backwards, vocab_size=1024)
     with pytest.raises(tg.UserError, match=r"audit bytes: only \d+ of \d+ words are encoded as"):
         load(rt, CONFORMANCE, TOKENIZER_PATH=str(other))
 
@@ -218,9 +211,8 @@ def test_what_a_tokenizer_loses_is_said(rt, tmp_path, capsys):
     """Case, here, and letters that it has no pieces for: both flatter the score."""
     texts = conformance_texts()
     fold = {"normalization_rule_name": "nmt_nfkc_cf", "byte_fallback": False}
-    proto = train_tokenizer(texts, character_coverage=0.99, vocab_size=512, **fold)
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(proto)
+    train_tokenizer(path, texts, character_coverage=0.99, vocab_size=512, **fold)
     ids = tg.load_tokenizer(str(path), 512).encode("The cafe \u6f22 \u5b57 closes")
     write_set(tmp_path)
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, *ids])
@@ -229,13 +221,6 @@ def test_what_a_tokenizer_loses_is_said(rt, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "warning: the tokenizer loses text, which flatters the score: 'le caf" in said
     assert f" unknown_pieces:{ids.count(3)} " in said and ids.count(3) >= 2
-
-
-def test_eval_only_needs_no_training_shards(rt, tmp_path):
-    write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5] * 150)
-    assert load(rt, tmp_path, **EVAL_ARTIFACT).stream.shards == []
-    with pytest.raises(tg.UserError, match="found no fineweb_train"):
-        load(rt, tmp_path)
 
 
 # --- Bytes -----------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import termios
+from threading import Thread
 
 import download_fineweb
 import numpy as np
 import pytest
+from conftest import folder_bytes, shard_bytes
 from hub_server import COMMIT, HubServer, describe
 from huggingface_hub import RepoFile
 
@@ -24,9 +26,7 @@ CHUNK = 10 * 2**20  # the client writes in such chunks: of a broken transfer, wh
 
 def shard(tokens):
     """The bytes of a valid shard; different lengths differ, so that mixed-up files would show."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, tokens
-    return header.tobytes() + np.arange(tokens).astype("<u2").tobytes()
+    return shard_bytes(np.arange(tokens))
 
 
 def manifest(vocab=VOCAB):
@@ -42,7 +42,9 @@ def hub():
     files = {"manifest.json": manifest(), MODEL: b"model", VOCAB: b"<pad>\t0\n", VAL: shard(1000)}
     files |= {name: shard(2000 + i) for i, name in enumerate([VAL_2, *TRAIN])}
     with HubServer(files) as server:
+        Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         yield server
+        server.shutdown()
 
 
 def run(hub, out, *args, stderr=subprocess.PIPE):
@@ -64,11 +66,6 @@ def assert_refused(result, *fragments):
     assert not re.search("signature|hf_test", result.stderr)
 
 
-def files_in(out):
-    paths = [path for path in out.rglob("*") if path.is_file()]
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
-
-
 def wanted(hub, train_shards=2):
     """What a complete folder holds: everything the hub has, but only the first train shards."""
     files = hub.files.items()
@@ -86,8 +83,8 @@ def test_the_folder_is_the_published_one_and_a_second_run_downloads_nothing(hub,
     out = tmp_path / "data"
     result = run(hub, out)
     assert (result.returncode, result.stderr) == (0, "")  # no terminal, no progress bars
-    assert files_in(out) == wanted(hub)
-    assert files_in(tmp_path / "home") == {}  # no second copy in the cache
+    assert folder_bytes(out) == wanted(hub)
+    assert folder_bytes(tmp_path / "home") == {}  # no second copy in the cache
     assert {request.token for request in hub.requests} == {"Bearer hf_test"}
     assert {request.token for request in hub.downloads} == {None}  # the token stays with the hub
     assert all(COMMIT in request.url for request in hub.requests[1:])  # one commit for all files
@@ -97,7 +94,7 @@ def test_the_folder_is_the_published_one_and_a_second_run_downloads_nothing(hub,
     assert "0 files fetched" in again.stdout
     hub.files["manifest.json"] += b" "
     assert run(hub, out, "--train-shards", "3").returncode == 0
-    assert files_in(out) == wanted(hub, train_shards=3)
+    assert folder_bytes(out) == wanted(hub, train_shards=3)
     assert downloaded(hub) == ["manifest.json", TRAIN[2]]
 
 
@@ -115,20 +112,20 @@ def test_a_run_that_dies_leaves_no_half_shard_and_the_next_one_goes_on_from_ther
     hub.cut[broken] = CHUNK + 5
     assert_refused(run(hub, out), broken, "HTTP 503", "3 attempts")
     assert (out / f"{broken}.part").stat().st_size == CHUNK
-    assert files_in(out).keys() - {f"{broken}.part"} == wanted(hub, train_shards=0).keys()
+    assert folder_bytes(out).keys() - {f"{broken}.part"} == wanted(hub, train_shards=0).keys()
     hub.status.clear()
     hub.downloads.clear()
     assert run(hub, out).returncode == 0
-    assert files_in(out) == wanted(hub)
+    assert folder_bytes(out) == wanted(hub)
     assert hub.downloads[0].range == f"bytes={CHUNK}-"
     assert downloaded(hub) == TRAIN[:2]
 
 
 def test_bytes_that_are_not_those_the_hub_lists_never_get_a_final_name(hub, tmp_path):
     out = tmp_path / "data"
-    hub.damaged[VAL] = bytes(len(hub.files[VAL]))
+    hub.claims[VAL] = describe(f"datasets/{VAL}", bytes(len(hub.files[VAL])))
     assert_refused(run(hub, out), VAL, "hash", "3 attempts")
-    assert files_in(out).keys() == {"manifest.json", MODEL, VOCAB}  # not as VAL.part either
+    assert folder_bytes(out).keys() == {"manifest.json", MODEL, VOCAB}  # not as VAL.part either
     assert downloaded(hub).count(VAL) == 3
 
 
@@ -139,7 +136,7 @@ def test_a_damaged_local_file_is_fetched_again_and_only_that_one(hub, tmp_path):
     (out / f"{VAL}.part").write_bytes(b"x" * 9999)  # longer than the file: no use to anybody
     downloaded(hub)
     assert run(hub, out).returncode == 0
-    assert files_in(out) == wanted(hub)
+    assert folder_bytes(out) == wanted(hub)
     assert downloaded(hub) == [VAL]
 
 
@@ -167,9 +164,23 @@ def test_a_mistake_in_the_arguments_is_one_line_with_the_remedy(hub, tmp_path):
     assert_refused(run(hub, out, "--variant", "sp99"), "sp99", "available: sp1024")
     assert_refused(run(hub, out, "--train-shards", "4"), "4", "only 3 train shards")
     assert_refused(run(hub, out, "--train-shards", "-1"), "-1")
-    hub.listed_size[f"datasets/{VAL}"] = 10**18
+    hub.claims[VAL] = {"size": 10**18}
     assert_refused(run(hub, out), str(out), "1000000000.0 GB to fetch")
-    assert files_in(out).keys() == {"manifest.json"}
+    assert folder_bytes(out).keys() == {"manifest.json"}
+
+
+def test_another_repository_whose_tokenizer_has_a_path(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "some/where")
+    monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "else")
+    text = manifest().replace(b"model_path", b"path")
+    hub.files["manifest.json"] = text
+    assert run(hub, tmp_path / "data").returncode == 0
+    assert folder_bytes(tmp_path / "data") == wanted(hub)
+    assert all("/datasets/some/where/" in request.url for request in hub.requests)
+    assert all("/else/" in request.url for request in hub.downloads)
+    other = json.loads(text.replace(b".model", b".json"))
+    with pytest.raises(ValueError, match=r"sp1024: found .*\.json; expected a SentencePiece"):
+        download_fineweb.files_of_variant(other, "sp1024", 0)
 
 
 @pytest.mark.parametrize(

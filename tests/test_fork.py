@@ -7,10 +7,9 @@ audits. README.md shows the first one.
 
 import json
 import re
-import subprocess
 
 import pytest
-from conftest import ROOT, invocation
+from conftest import ROOT, run_script
 
 SETTING = "    tie_embeddings: bool = architectural("
 
@@ -92,11 +91,6 @@ def test_a_fork_touches_one_band(name):
     assert bands_of(source, SETTING) == "Config"
 
 
-def run(script, folder, **settings):
-    command, env = invocation(folder, script=script, **settings)
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-
-
 def results(done):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in re.findall(r"^result: (.*)$", done.stdout, re.M)]
@@ -114,17 +108,19 @@ def test_a_fork_trains_packs_and_is_scored(name, tmp_path):
     settings = {"MAX_VAL_DOCS": "3", "NUM_LAYERS": "4", "EVAL": conditions, "WARMDOWN_ITERS": "0"}
     # A budget that makes the artifact int8, so that the quantiser meets the fork, too.
     budget = str(len(source.encode()) + 90_000)
-    trained = run(script, tmp_path, ITERATIONS="10", ARTIFACT_BUDGET=budget, **settings)
+    trained = run_script(
+        tmp_path, script=script, ITERATIONS="10", ARTIFACT_BUDGET=budget, **settings
+    )
     scores = results(trained)
     assert list(scores) == conditions.split(",")
     assert re.search(r"payload_ratio:[23]\.", trained.stdout)  # int8
     losses = [float(loss) for loss in re.findall(r"train_loss:([\d.]+)", trained.stdout)]
     assert losses[-1] < losses[0] - 0.3
     settings |= {"EVAL_ONLY": "1", "MODEL_PATH": str(tmp_path / "final_model.int8.ptz")}
-    again = run(script, tmp_path, RUN_ID="again", ARTIFACT_BUDGET=budget, **settings)
+    again = run_script(tmp_path, script=script, RUN_ID="again", ARTIFACT_BUDGET=budget, **settings)
     assert results(again) == scores
     for condition in ("ttt", "stream"):
         assert re.search(rf"audit causality: condition:{condition} .*PASS", again.stdout)
     # The idea does something: the script as it is scores these weights otherwise, or refuses them.
-    plain = run(ROOT / "train_gpt.py", tmp_path, RUN_ID="plain", ARTIFACT_BUDGET=budget, **settings)
+    plain = run_script(tmp_path, RUN_ID="plain", ARTIFACT_BUDGET=budget, **settings)
     assert plain.returncode != 0 or results(plain)["flat"] != scores["flat"]

@@ -13,6 +13,7 @@ import make_shards
 import numpy as np
 import pytest
 import sentencepiece as spm
+from conftest import folder_bytes, train_tokenizer, write_jsonl
 
 VAL_DOCS = 12
 VOCAB = 400
@@ -48,33 +49,12 @@ def make_texts():
 TEXTS = make_texts()
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def make_tokenizer(folder, **settings):
-    """The path of a tokenizer other than the one that the script would make."""
-    settings |= {"model_prefix": str(folder / "other"), "vocab_size": 60, "minloglevel": 2}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS[:40]), **settings)
-    return folder / "other.model"
-
-
 def build(jsonl, out, *more):
     """A set made in this process, which tests may have patched; returns its manifest."""
     arguments = ["--input", jsonl, "--out", out, "--val-docs", VAL_DOCS, "--vocab-size", VOCAB]
     arguments += more
     assert make_shards.main([str(argument) for argument in arguments]) == 0
     return json.loads((out / "manifest.json").read_text())
-
-
-def folder_bytes(folder):
-    """Every file below the folder, hidden ones included."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def read_tokens(folder, split):
@@ -159,7 +139,6 @@ def test_manifest_agrees_with_the_files(made, jsonl):
     assert set(files) == {*manifest["files"], "manifest.json"}  # and no temporary file was left
     for name, facts in manifest["files"].items():
         assert facts["bytes"] == len(files[name])
-        assert facts["sha256"] == hashlib.sha256(files[name]).hexdigest()
     splits = manifest["splits"]
     stats = splits["train"]
     documents = read_documents(made, "train")
@@ -228,7 +207,8 @@ def test_full_shards_and_replaced_sets(jsonl, made, tmp_path, monkeypatch):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_long_documents_are_cut_without_a_trace(prefix, tmp_path, monkeypatch):
     """Encoding in parts gives the ids of the whole, also if the tokenizer adds a dummy prefix."""
-    path = make_tokenizer(tmp_path, add_dummy_prefix=prefix)
+    path = tmp_path / "other.model"
+    train_tokenizer(path, TEXTS[:40], vocab_size=VOCAB, add_dummy_prefix=prefix)
     tokenizer = spm.SentencePieceProcessor(model_file=str(path))
     whole = encode(tokenizer, TEXTS)
     monkeypatch.setattr(make_shards, "BATCH_CHARS", 150)
@@ -312,6 +292,7 @@ def test_bad_line_is_named(line, found, tmp_path, capsys):
         ("--seed 4294967296", "--seed 4294967296|from 0 to 4294967295"),
         ("--tokenizer earlier/tokenizer.model --vocab-size 401", "400 pieces|--vocab-size 401"),
         ("--tokenizer other.model", "other.model|no BOS"),
+        ("--tokenizer spaceless.model", "spaceless.model|no '▁'"),
         ("--tokenizer docs.jsonl", "docs.jsonl|no SentencePiece model"),
         ("--tokenizer empty.jsonl", "empty.jsonl|no SentencePiece model"),
         ("--input absent.jsonl", "absent.jsonl|No such file"),
@@ -322,7 +303,8 @@ def test_bad_option_leaves_the_earlier_set(
     options, words, earlier_set, made, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    make_tokenizer(tmp_path, bos_id=-1)
+    train_tokenizer(tmp_path / "other.model", TEXTS[:40], vocab_size=VOCAB, bos_id=-1)
+    train_tokenizer(tmp_path / "spaceless.model", ["abcabc"], vocab_size=264)
     write_jsonl(tmp_path / "docs.jsonl", TEXTS)
     (tmp_path / "empty.jsonl").touch()
     arguments = ["--input", "docs.jsonl", "--out", "earlier", *options.split()]
@@ -335,7 +317,7 @@ def test_write_that_fails_half_way_leaves_the_earlier_set(earlier_set, made, tmp
     jsonl = write_jsonl(
         tmp_path / "docs.jsonl", [f"{n} {text}" for n in range(20) for text in TEXTS]
     )
-    arguments = ["--input", jsonl, "--tokenizer", make_tokenizer(tmp_path), "--out", earlier_set]
+    arguments = ["--input", jsonl, "--tokenizer", made / "tokenizer.model", "--out", earlier_set]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
     try:
@@ -360,23 +342,3 @@ def test_given_vocabulary_must_fit_16_bits(made, monkeypatch):
     model = (made / "tokenizer.model").read_bytes()
     with pytest.raises(ValueError, match=f"big: found {VOCAB} pieces; expected at most"):
         make_shards.load_tokenizer(model, "big", None)
-
-
-# --- Reading a header -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("magic", "count", "size", "found"),
-    [
-        (20240520, 5, 0, "0 bytes"),
-        (20240521, 5, 1034, "magic 20240521"),
-        (20240520, 5, 1033, "1033 bytes and 5 tokens"),
-        (20240520, 5, 1036, "1036 bytes and 5 tokens"),
-        (20240520, 0, 1024, "1024 bytes and 0 tokens"),
-    ],
-)
-def test_bad_shard_is_refused(magic, count, size, found, tmp_path):
-    header = np.array([magic, 1, count], dtype="<i4").tobytes()
-    (tmp_path / "a.bin").write_bytes(header.ljust(size, b"\0")[:size])
-    with pytest.raises(ValueError, match=f"a.bin: found {found}.*; expected .* again"):
-        make_shards.shard_token_count(tmp_path / "a.bin")

@@ -154,11 +154,3 @@ def test_the_scale_of_rates(settings, moments):
     cfg = tiny_config(**settings)
     for (step, seconds), scale in moments.items():
         assert tg.schedule(step, 1000.0 * seconds, cfg)[0] == pytest.approx(scale)
-
-
-def test_momentum_warms_up():
-    cfg = tiny_config()
-    momenta = [tg.schedule(step, 0, cfg)[1] for step in (0, 250, 999)]
-    assert momenta == pytest.approx([0.85, 0.90, 0.95])
-    at_once = tiny_config(muon_momentum_warmup_steps=0)
-    assert tg.schedule(0, 0, at_once)[1] == 0.95

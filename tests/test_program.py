@@ -19,6 +19,7 @@ from conftest import (
     CONFORMANCE,
     EVAL_ARTIFACT,
     ROOT,
+    folder_bytes,
     run_forked,
     run_script,
     script_behind,
@@ -71,11 +72,6 @@ def read_scores(text):
     return {name: result["val_bpb"] for name, result in read_results(text).items()}
 
 
-def list_files(folder):
-    """The relative paths of all files under a folder, sorted."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
 LINES = [
     r"validation: not the full FineWeb \(30 documents, 13,689 tokens\)",
     r"step:1/3 train_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
@@ -106,7 +102,7 @@ def test_lines_that_tools_read(runs, ranks):
         places.append(found.start())
     assert places == sorted(places) and " partial\n" not in text
     results = ["final_model.int8.ptz", "final_model.pt", "logs/test.txt", "scores.csv"]
-    assert list_files(folder) == [CHECKPOINT, *results]
+    assert list(folder_bytes(folder)) == [CHECKPOINT, *results]
 
 
 def test_ladder_result_and_scores_agree(runs):
@@ -203,7 +199,7 @@ def test_a_checkpoint_is_scored_like_the_artifact_of_its_training(runs, run_here
     text, folder = runs[1]
     settings = {"EVAL_ONLY": "1", "MODEL_PATH": str(folder / CHECKPOINT), "EVAL": "ttt,stride,doc"}
     again = run_here(tmp_path, **settings | ALL_DOCUMENTS).out
-    assert list_files(tmp_path) == ["eval_test.step000000003.int8.ptz", "logs/test.txt"]
+    assert list(folder_bytes(tmp_path)) == ["eval_test.step000000003.int8.ptz", "logs/test.txt"]
     before = read_scores(text)
     assert read_scores(again) == {name: before[name] for name in ("ttt", "stride", "doc")}
 
@@ -230,7 +226,7 @@ def test_a_published_artifact_needs_no_shape_and_no_training_shards(
         assert line.endswith(" partial") != line.startswith("result: ")
     assert all(result["partial"] for result in read_results(text).values())
     logs = ["made/logs/test.txt", "made/on demand/logs/test.txt"]
-    assert list_files(tmp_path) == [f"data/{VAL}", *logs]
+    assert list(folder_bytes(tmp_path)) == [f"data/{VAL}", *logs]
 
 
 def test_an_artifact_brings_its_settings(run_here, tmp_path):

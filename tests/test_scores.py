@@ -19,15 +19,24 @@ def model(rt):
 
 
 def test_both_files_of_scores_hold_the_same_rows(model, rt, tmp_path):
-    docs = tiny_documents([40, 9, 30])
-    flat = tg.Condition(16, 16, 2, isolated=False)
-    found = {"flat": tg.evaluate(model, docs, flat, rt)}
-    found["ttt"] = tg.evaluate(model, docs, tiny_condition(model.cfg), rt)
+    """Of every condition. scores.py itself sums the losses of tokens, in pieces of one length."""
+    docs = tiny_documents([2, 9, 20], lead=[5, 6, 7, 8])
+    rungs = tg.ladder(docs, model, rt)
+    found = {name: tg.evaluate(model, docs, how, rt) for name, how in rungs.items()}
     paths = [tmp_path / "a.csv", tmp_path / "a.npz"]
     for path in paths:
         tg.write_scores(path, found, docs, tg.RunLog())
     rows, same = [scores.read_rows(path, model.cfg.ttt_chunk_size) for path in paths]
-    assert len(rows) == 20 and np.array_equal(rows, same)
+    assert np.array_equal(rows, same)
+    doc = rows[rows["condition"] == "doc"]
+    assert doc["doc"].tolist() == [0, 1, 1, 2, 2, 2]
+    assert doc["start"].tolist() == [0, 0, 8, 0, 8, 16]
+    assert doc["tokens"].tolist() == [2, 8, 1, 8, 8, 3]
+    # Whole rows of 32 of the stream, from its first token on.
+    flat = rows[rows["condition"] == "flat"]
+    assert flat["tokens"].tolist() == [4, 2, 8, 1, 8, 8, 1]
+    with np.load(paths[1]) as arrays:
+        assert arrays["predictions"].tolist() == docs.predictions.tolist()
     paths[1].write_bytes(b"x")
     with pytest.raises(ValueError, match=r"a\.npz: found no \.npz.*; expected a file"):
         scores.read_rows(paths[1], 8)
