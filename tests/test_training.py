@@ -100,7 +100,7 @@ def test_rates_follow_the_schedule(rt):
         trainer.train_step()
         assert groups[0]["momentum"] == pytest.approx(momentum)
         assert {round(group["lr"] / group["base_lr"], 9) for group in groups} == {factor}
-    assert tg.schedule(0, 0, tiny_config(muon_momentum_warmup_steps=0)) == (1, 0.95)
+    assert tg.schedule(0, 0, tiny_config(muon_momentum_warmup_steps=0))[1] == 0.95
 
 
 class Clock:
