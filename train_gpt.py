@@ -3129,7 +3129,7 @@ def explain_error(error: Exception) -> str:
             f"out of memory ({text:.200}); lower TTT_BATCH_SIZE or VAL_BATCH_SIZE, or raise"
             " GRAD_ACCUM_STEPS"
         )
-    if "closed by peer" in text:
+    if "gloo/transport" in text:
         return "lost another rank, which may have said why"
     if isinstance(error, OSError):
         return text
