@@ -608,7 +608,7 @@ def test_a_wrong_verdict_on_time_is_refused(log, spent):
 def test_the_ten_minute_track_demands_the_full_set_in_time(log):
     run = {"hardware": "8 x NVIDIA H100, CUDA", "device": "cuda:0", "world_size": 8}
     run |= {"preset": "baseline", "config": {**log.config, "MAX_WALLCLOCK_SECONDS": "600"}}
-    game = replace(log, **run)
+    game = replace(log, calibration_left=0.0, **run)
     assert "(3 documents, 3,980 tokens)'; expected full" in refusal(make_record.check_run, game)
     game = replace(game, validation_set=run_log.FULL_VALIDATION, eval_verdict="FAIL")
     assert "FAIL; expected PASS" in refusal(make_record.check_run, game)
