@@ -2044,9 +2044,11 @@ def calibrate(model: GPT, stream: TokenStream, bos: int, rt: Runtime, log: RunLo
     half = stream.seconds_left / 2  # is kept for the weights, which matter more than the rate
 
     def is_short(kept: float) -> bool:
+        """Whether any rank has less than `kept` seconds left."""
         return rt.maximum(kept - stream.seconds_left)[0] > 0
 
     def loss_at(rate: float) -> float:
+        """The loss of `stream` at this rate, in nats; inf if there is no time to find it."""
         if rate not in tried and not is_short(half):
             learner = replace(how.learner, lr=rate)
             ledger = score_documents(model, docs, replace(how, learner=learner), rt)
@@ -2547,6 +2549,7 @@ def audit_causality(model: GPT, docs: Documents, how: Condition, rt: Runtime) ->
     how = replace(how, batch=2, isolated=True, experts=pairs)
 
     def score(version: Tensor) -> ndarray:
+        """The losses before the cuts."""
         few = replace(docs, tokens=version, starts=starts, predictions=predictions)
         return score_tokens(model, few, how, alone, {})[0].numpy()[compared]
 
@@ -3124,15 +3127,15 @@ def explain_stop(number: int, cfg: Config, log: RunLog) -> str:
 def explain_error(error: Exception) -> str:
     """What happened, in one line. Prints a traceback if no user could know."""
     text = str(error)
-    if re.search("out of memory|allocate", text):
+    if re.search("out of memory|(annot|can't) allocate memory|Unable to allocate", text):
         return (
             f"out of memory ({text:.200}); lower TTT_BATCH_SIZE or VAL_BATCH_SIZE, or raise"
             " GRAD_ACCUM_STEPS"
         )
-    if "gloo/transport" in text:
-        return "lost another rank, which may have said why"
     if isinstance(error, OSError):
         return text
+    if "gloo/transport" in text:
+        return "lost another rank, which may have said why"
     traceback.print_exc()
     return f"{error!r:.300}"
 

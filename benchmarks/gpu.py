@@ -31,6 +31,7 @@ of the first variant. `program` finds kernels that `train` compiled, in PyTorch'
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -366,15 +367,11 @@ def score_artifact(lab: Lab) -> dict:
 def score_twice(bench: Bench, name: str, deterministic: bool) -> dict:
     """How far the losses of two evaluations of the same text are from each other."""
     work = partial(tg.score_documents, bench.model, bench.docs, bench.condition(name), bench.rt)
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
+    with tg.deterministic() if deterministic else contextlib.nullcontext():
         first = work()[0]
         began = bench.rt.seconds()
         second, times = work()
         seconds = bench.rt.seconds() - began
-    finally:
-        torch.use_deterministic_algorithms(False)
     moved = (first - second).abs()[times > 0]
     return {"most nats": moved.max().item(), "mean": moved.mean().item(), "seconds": seconds}
 

@@ -158,7 +158,7 @@ def test_weights_follow_the_expert_that_predicts(rt):
     assert weights.sum(1) == pytest.approx(1)
 
 
-def test_the_better_of_two_that_nearly_agree_is_trusted(rt):
+def test_the_better_of_two_that_nearly_agree_is_trusted():
     """Else a mixture loses where adapting does harm."""
     torch.manual_seed(0)
     better = torch.rand(2000).double()

@@ -93,6 +93,11 @@ def test_a_compiler_cache_that_cannot_be_made_stops_nothing(tmp_path):
     assert "\ncompile:" in done.stdout
 
 
+def test_neither_memory_nor_a_lost_rank_is_blamed_for_another_error():
+    for error in (ConnectionError("cannot join (gloo/transport)"), RuntimeError("allocated twice")):
+        assert str(error) in tg.explain_error(error)
+
+
 # What two ranks compute together, in place of a run.
 PROBE = """
 import pytest, torch
